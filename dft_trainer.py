@@ -1,0 +1,253 @@
+"""DFTTrainer: Hugging Face's Trainer with the DFT loss, its metrics, and a token-weighted evaluation."""
+
+import math
+import resource
+import time
+
+import torch
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+
+from dft_loss import count_supervised, dft_loss_sum
+
+
+class TokenSums:
+    """Sums over supervised tokens, kept on the device and divided only when they are printed."""
+
+    # order of the entries of the tensor
+    LOSS, NLL, P_CORRECT, TOP1, SUPERVISED, TOKENS = range(6)
+
+    def __init__(self, device: torch.device):
+        # float64: a float32 sum stops counting single tokens at 2**24; MPS has no float64
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.values = torch.zeros(6, dtype=dtype, device=device)
+
+    def add(self, loss_sum: torch.Tensor, tokens, num_tokens: torch.Tensor | int) -> None:
+        """Adds one micro-batch: sum of w*nll, per-token statistics [N], tokens of any kind."""
+        parts = (
+            loss_sum.detach(),
+            tokens.nll.detach().sum(),
+            tokens.p_correct.sum(),
+            tokens.is_top1.sum(),
+            tokens.nll.numel(),
+            num_tokens,
+        )
+        self.values += torch.stack(
+            [torch.as_tensor(x, device=self.values.device).to(self.values.dtype) for x in parts]
+        )
+
+    def take(self, accelerator) -> list[float]:
+        """The sums over all ranks since the last call. A collective: every rank must call it."""
+        total = accelerator.reduce(self.values, reduction="sum").tolist()
+        self.values.zero_()
+        return total
+
+
+class PaddedEvalSet(Dataset):
+    """A dataset made as long as a multiple of `multiple` by rows without supervised tokens.
+
+    A distributed sampler evens out the ranks by repeating rows, which would count them twice. Rows
+    that supervise nothing add nothing to any sum.
+    """
+
+    def __init__(self, rows: Dataset, multiple: int):
+        self.rows = rows
+        self.length = math.ceil(len(rows) / multiple) * multiple
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict:
+        if index < len(self.rows):
+            return self.rows[index]
+        if index >= self.length:
+            raise IndexError(index)
+        row = dict(self.rows[0])
+        labels = torch.as_tensor(row["labels"])
+        return row | {"labels": torch.full_like(labels, -100).tolist()}
+
+
+class DFTTrainer(Trainer):
+    """Trainer whose loss weighs each supervised token by alpha * p_correct + (1 - alpha), detached.
+
+    The loss of a step is sum(w * nll) / N with N counted over the whole global batch, so it doesn't
+    depend on how the batch is cut into ranks and micro-batches. It works on any dataset with
+    `input_ids` and `labels` (-100 where nothing is supervised).
+
+    Args:
+        dft_alpha: 0 for plain SFT to 1 for pure DFT.
+        log_metrics_steps: add the DFT metrics only to log records at least this many steps apart;
+            None adds them to every record.
+        All others are Trainer's own.
+
+    Logged with every training record, over all ranks and micro-batches since the last one:
+        loss                 sum(w * nll) / N
+        ce_loss              sum(nll) / N, what SFT would report
+        train/avg_p_correct  sum(p) / N
+        train/dft_alpha      the alpha in force
+        token_accuracy       share of supervised tokens whose arg-max is right
+        tokens_per_second, supervised_tokens_per_second, memory_gib
+    Evaluation: loss, ce_loss, perplexity, avg_p_correct and acc of the whole set, behind the metric prefix.
+
+    Raises:
+        ValueError: alpha outside [0, 1], or an option that would change the loss behind its back.
+    """
+
+    # Trainer must not divide by the accumulation count: the loss is divided by the global token count
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model=None,
+        args: TrainingArguments | None = None,
+        *,
+        dft_alpha: float = 1.0,
+        log_metrics_steps: int | None = None,
+        **kwargs,
+    ):
+        if not 0.0 <= dft_alpha <= 1.0:
+            raise ValueError(f"dft_alpha must be between 0 (SFT) and 1 (pure DFT), got {dft_alpha}")
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError("DFTTrainer computes the loss itself: drop compute_loss_func")
+        super().__init__(model, args, **kwargs)
+        self._refuse_what_changes_the_loss()
+        self.dft_alpha = dft_alpha
+        self.log_metrics_steps = log_metrics_steps
+        # the count of supervised tokens is taken in get_batch_samples, whatever the model's signature
+        self.model_accepts_loss_kwargs = False
+        self._eval_sums = TokenSums(self.args.device)
+        self._forget_metrics()
+
+    def _refuse_what_changes_the_loss(self) -> None:
+        parallelism = getattr(self.accelerator, "parallelism_config", None)
+        if parallelism is not None and (parallelism.sp_size > 1 or parallelism.cp_size > 1 or parallelism.tp_size > 1):
+            raise ValueError("DFTTrainer does not support sequence, context or tensor parallelism")
+        if self.args.label_smoothing_factor:
+            raise ValueError("label_smoothing_factor has no meaning for the DFT loss: set it to 0")
+        if self.args.n_gpu > 1:
+            raise ValueError("DataParallel is not supported: start one process per GPU (torchrun, deepspeed)")
+        if getattr(self.model.config, "output_router_logits", False):
+            raise ValueError(
+                "the router loss of mixture-of-experts models is not supported: set output_router_logits=False"
+            )
+
+    def _forget_metrics(self) -> None:
+        self._train_sums = TokenSums(self.args.device)
+        self._unshown = [0.0] * 6  # sums since the DFT metrics were last logged
+        self._shown_step = 0  # when that was
+        self._clock: float | None = None  # when the last training record was written; None before the first step
+
+    def train(self, *args, **kwargs):
+        """Trainer's train; metrics start anew."""
+        self._forget_metrics()
+        return super().train(*args, **kwargs)
+
+    # ---- the loss -------------------------------------------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of one step and the number of tokens they supervise on all ranks."""
+        if self._clock is None:
+            self._clock = time.perf_counter()
+            self._shown_step = self.state.global_step
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        count = torch.zeros((), dtype=torch.int64, device=device)
+        for batch in batches:
+            count += count_supervised(batch["labels"]).to(device)
+        return batches, self.accelerator.reduce(count, reduction="sum")
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """sum(w * nll) of this micro-batch over the supervised tokens of the global batch (a scalar)."""
+        if model.training and self.args.world_size > 1 and model is self.model and not self.is_fsdp_enabled:
+            # accelerate doesn't wrap a model for training that evaluate() has prepared before
+            raise RuntimeError(
+                "gradients would not be averaged over ranks: evaluate after train(), or use eval_on_start"
+            )
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        inputs.pop("skip_logits", None)  # Trainer asks Liger models to skip them in evaluation
+        outputs = model(**inputs)
+        loss_sum, tokens = dft_loss_sum(outputs.logits, labels, self.dft_alpha)
+
+        sums = self._train_sums if model.training else self._eval_sums
+        sums.add(
+            loss_sum,
+            tokens,
+            inputs["attention_mask"].sum() if "attention_mask" in inputs else labels.numel(),
+        )
+
+        if num_items_in_batch is None:  # evaluation: the metrics come from the sums
+            num_items_in_batch = torch.tensor(tokens.nll.numel())
+        loss = loss_sum / num_items_in_batch.clamp(min=1)
+        if model.training:
+            # DDP and ZeRO average the gradients of the ranks; the count is already that of all ranks
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    # ---- metrics --------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's log, with the DFT metrics added to training records. Every rank calls it."""
+        if "loss" in logs and "learning_rate" in logs:
+            self._add_training_metrics(logs)
+        super().log(logs, start_time)
+
+    def _add_training_metrics(self, logs: dict[str, float]) -> None:
+        sums = self._train_sums.take(self.accelerator)
+        now = time.perf_counter()
+        seconds = max(now - self._clock, 1e-9)
+        self._clock = now
+        logs["loss"] = averages(sums)["loss"]
+        self._unshown = [a + b for a, b in zip(self._unshown, sums, strict=True)]
+        if self.state.global_step - self._shown_step >= (self.log_metrics_steps or 1):
+            shown = averages(self._unshown)
+            logs["ce_loss"] = shown["ce_loss"]
+            logs["train/avg_p_correct"] = shown["avg_p_correct"]
+            logs["train/dft_alpha"] = self.dft_alpha
+            logs["token_accuracy"] = shown["acc"]
+            self._unshown = [0.0] * len(sums)
+            self._shown_step = self.state.global_step
+        logs["tokens_per_second"] = sums[TokenSums.TOKENS] / seconds
+        logs["supervised_tokens_per_second"] = sums[TokenSums.SUPERVISED] / seconds
+        logs["memory_gib"] = peak_memory_gib(self.args.device)
+
+    # ---- evaluation -----------------------------------------------------------------------------
+
+    def _get_dataloader(self, dataset, description, *args, **kwargs):
+        """Trainer's; evaluation sets are padded so that no row is repeated on any number of ranks."""
+        if description == "Evaluation" and hasattr(dataset, "__len__"):
+            dataset = PaddedEvalSet(dataset, self.args.eval_batch_size * self.args.world_size)
+        return super()._get_dataloader(dataset, description, *args, **kwargs)
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
+        """Trainer's loop; its loss, a mean of batch means, is replaced by sums divided once."""
+        start = time.perf_counter()
+        self._eval_sums.values.zero_()
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        sums = self._eval_sums.take(self.accelerator)
+        if sums[TokenSums.SUPERVISED] > 0:  # not where rows without labels are predicted
+            metrics = averages(sums)
+            metrics["perplexity"] = math.exp(min(metrics["ce_loss"], 700.0))
+            output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in metrics.items()})
+        if isinstance(dataloader.dataset, PaddedEvalSet):
+            output = output._replace(num_samples=len(dataloader.dataset.rows))
+        if self._clock is not None:  # the training throughput doesn't pay for the evaluation
+            self._clock += time.perf_counter() - start
+        return output
+
+
+def averages(sums: list[float]) -> dict[str, float]:
+    """Token averages of `TokenSums.take`: loss, ce_loss, avg_p_correct, acc. Zero where nothing was summed."""
+    n = max(sums[TokenSums.SUPERVISED], 1.0)
+    return {
+        "loss": sums[TokenSums.LOSS] / n,
+        "ce_loss": sums[TokenSums.NLL] / n,
+        "avg_p_correct": sums[TokenSums.P_CORRECT] / n,
+        "acc": sums[TokenSums.TOP1] / n,
+    }
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory so far in GiB: allocated on the device, or of the process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # ru_maxrss is in KiB on Linux

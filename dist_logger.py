@@ -1,0 +1,88 @@
+"""Logging that knows its rank.
+
+Modules only call `get_logger(__name__)`. Handlers are installed once, by `setup_logging` in main; the
+rank is read when a record is emitted, so it is true however late the process group starts.
+"""
+
+import logging
+import os
+import warnings
+from pathlib import Path
+
+import datasets
+import torch.distributed as dist
+import transformers
+
+ROOT_NAME = "dft"
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend. The message says what was given, what is allowed and what to do."""
+
+
+def get_logger(name: str) -> logging.Logger:
+    """The logger of a module of this project."""
+    return logging.getLogger(f"{ROOT_NAME}.{name}")
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """This process's rank and the number of processes: the process group's, else the launcher's, else 0 of 1."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+class RankFilter(logging.Filter):
+    """Stamps every record with its rank; on ranks above 0 lets only errors pass if `only_rank_0`."""
+
+    def __init__(self, only_rank_0: bool):
+        super().__init__()
+        self.only_rank_0 = only_rank_0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.rank, record.world_size = rank_and_world_size()
+        return record.rank == 0 or record.levelno >= logging.ERROR or not self.only_rank_0
+
+
+def setup_logging(log_file: str | Path | None = None, only_rank_0: bool = True, debug: bool = False) -> None:
+    """Sends this project's records to stderr, and those of rank 0 also to `log_file`. Call it once, in main.
+
+    Args:
+        log_file: appended to, by rank 0 alone; its directory is made. None for no file.
+        only_rank_0: other ranks speak only of errors; False lets every rank speak at info level.
+        debug: show debug records too.
+
+    Raises:
+        UserError: the log file can't be written.
+    """
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    if log_file is not None and rank_and_world_size()[0] == 0:
+        try:
+            Path(log_file).parent.mkdir(parents=True, exist_ok=True)
+            handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+        except OSError as error:
+            raise UserError(
+                f"the log file {log_file} can't be written ({error}): give another --logging_dir"
+            ) from error
+    logger = logging.getLogger(ROOT_NAME)
+    for old in list(logger.handlers):
+        logger.removeHandler(old)
+        old.close()
+    for handler in handlers:
+        handler.addFilter(RankFilter(only_rank_0))
+        handler.setFormatter(
+            logging.Formatter("%(asctime)s - [RANK %(rank)s/%(world_size)s] - %(levelname)s - %(message)s")
+        )
+        logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if debug else logging.INFO)
+    logger.propagate = False
+
+
+def quiet_libraries(progress_bars: bool) -> None:
+    """Silences what libraries say that no user can act on; on ranks above 0 all warnings and progress bars."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    if rank_and_world_size()[0] > 0:
+        warnings.filterwarnings("ignore")
+    if not progress_bars or rank_and_world_size()[0] > 0:
+        datasets.disable_progress_bars()
+        transformers.logging.disable_progress_bar()

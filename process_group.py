@@ -1,0 +1,102 @@
+"""Starting the processes of a run, with or without a GPU, and work that one process does for its node."""
+
+import gc
+import os
+import socket
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+
+from dist_logger import UserError, rank_and_world_size
+
+USER_ERROR_STATUS = 2
+
+# Preparing data may take hours on one process; the others must not give up
+PATIENCE = timedelta(days=7)
+
+
+@contextmanager
+def program():
+    """Around a whole program: leaves the process group at its end, and makes a UserError its one message.
+
+    A UserError ends the program with status 2 and is printed on stderr by rank 0. Other exceptions pass.
+    """
+    try:
+        yield
+    except UserError as error:
+        if rank_and_world_size()[0] == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        leave()
+        sys.exit(USER_ERROR_STATUS)
+    leave()
+
+
+def leave() -> None:
+    """Leaves the process group, if there is one.
+
+    A gloo thread that still runs when the interpreter ends aborts the process. The threads end with the
+    last reference to the group, and some are in reference cycles (trainer, model, DDP).
+    """
+    if dist.is_initialized():
+        gc.collect()
+        dist.destroy_process_group()
+        gc.collect()
+
+
+def has_accelerator() -> bool:
+    """Whether this machine has a GPU, or another accelerator, that torch can use."""
+    return torch.accelerator.is_available()
+
+
+def join_for_deepspeed() -> dict[str, bool]:
+    """Joins the process group for DeepSpeed before TrainingArguments does; returns its `accelerator_config`.
+
+    Without an accelerator, TrainingArguments takes the process for plain multi-CPU training and
+    DeepSpeed for a run of one process. Joined here under accelerate's DeepSpeed flag, over gloo, both
+    see the same ranks. A program started without a launcher becomes a group of one.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    if has_accelerator():
+        return {}
+    os.environ.update(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_TORCH_DEVICE="cpu", DS_ACCELERATOR="cpu")
+    PartialState(backend="gloo")
+    return {"use_configured_state": True}
+
+
+def free_port() -> str:
+    """A TCP port that nothing listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def once_per_node(work: Callable[[], None]) -> None:
+    """Runs `work` on the first process of every node; returns on all ranks when it is done everywhere.
+
+    The others wait without a time-out and without touching a device. A UserError on any node is
+    raised on every rank.
+    """
+    state = PartialState()
+    group = None
+    if state.num_processes > 1:
+        group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    error = None
+    if state.is_local_main_process:
+        try:
+            work()
+        except UserError as caught:
+            error = str(caught)
+    errors = [error]
+    if group is not None:
+        errors = [None] * state.num_processes
+        dist.all_gather_object(errors, error, group=group)
+        dist.destroy_process_group(group)
+    for error in errors:
+        if error is not None:
+            raise UserError(error)

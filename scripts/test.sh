@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Sets up what is needed and runs the tests: bash scripts/test.sh [pytest's arguments]
+#     bash scripts/test.sh -m "not launch"    # without those that start training processes: seconds
+set -euo pipefail
+here="$(dirname "${BASH_SOURCE[0]}")"
+REQUIREMENTS=requirements-dev.txt source "$here/setup.sh"
+exec python -m pytest "$@"

@@ -1,0 +1,127 @@
+#!/usr/bin/env bash
+# Start a training run: on all GPUs, or on CPU where there is none.
+#
+#     bash scripts/train.sh --config my_run.yaml
+#     MODEL=/models/Qwen3-8B DATA="a.jsonl b.jsonl" CUDA_VISIBLE_DEVICES=4,5 bash scripts/train.sh --dft_alpha 0.7
+#
+# Everything after train.sh goes to train_dft.py and overrides what the variables say.
+#     LAUNCHER     deepspeed (default), torchrun, accelerate or python
+#     NPROC        processes on this machine; default: one per visible GPU, or 1 on CPU
+#     MODEL        --model_name_or_path
+#     DATA         --data_files, separated by spaces
+#     OUTPUT_DIR   --output_dir
+#     DS_CONFIG    --deepspeed; default ds_config/zero3.json, empty for none; not used with LAUNCHER=python
+#     LOG_DIR      where the log file goes; default logs
+#     BACKGROUND   1: detach from the terminal and return at once
+#     MASTER_ADDR, MASTER_PORT, NNODES, NODE_RANK    several nodes with torchrun or accelerate
+#     HOSTFILE     several nodes with deepspeed (worker-0 slots=8, one node a line)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+LAUNCHER="${LAUNCHER:-deepspeed}"
+LOG_DIR="${LOG_DIR:-logs}"
+DS_CONFIG="${DS_CONFIG-ds_config/zero3.json}"
+LOG_FILE="${LOG_FILE:-$LOG_DIR/train_$(date +%F_%H%M%S).log}"
+
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
+[[ "$LAUNCHER" =~ ^(deepspeed|torchrun|accelerate|python)$ ]] ||
+    fail "LAUNCHER=$LAUNCHER; it must be deepspeed, torchrun, accelerate or python"
+[[ "$LAUNCHER" != deepspeed || "${NNODES:-1}" == 1 || -n "${HOSTFILE:-}" ]] ||
+    fail "NNODES=$NNODES with LAUNCHER=deepspeed: name the nodes in a HOSTFILE, or use LAUNCHER=torchrun on every node"
+
+mkdir -p "$(dirname "$LOG_FILE")"
+if [[ "${BACKGROUND:-0}" == 1 ]]; then
+    BACKGROUND=0 LOG_FILE="$LOG_FILE" nohup bash scripts/train.sh "$@" > /dev/null 2>&1 &
+    echo "Training started in background, process $!. Follow it with: tail -f $LOG_FILE"
+    exit 0
+fi
+
+if [[ -f .venv/bin/activate && -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]]; then
+    source .venv/bin/activate
+fi
+export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$PWD/.torch_extensions}"
+export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}" PYTHONUNBUFFERED=1
+
+# which GPUs: CUDA_VISIBLE_DEVICES if it is set, else all that torch can use
+gpus="${CUDA_VISIBLE_DEVICES-$(python -c 'import torch; print(*range(torch.cuda.device_count()), sep=",")')}"
+if [[ "$gpus" =~ ^(-1|NoDevFiles)$ ]]; then gpus=""; fi
+[[ "$LAUNCHER" != deepspeed || "$gpus" =~ ^[0-9,]*$ ]] ||
+    fail "CUDA_VISIBLE_DEVICES=$gpus: deepspeed takes numbers only; use LAUNCHER=torchrun for GPUs named by UUID"
+if [[ -n "$gpus" ]]; then
+    NPROC="${NPROC:-$(tr ',' '\n' <<< "$gpus" | wc -l)}"
+    gpus="$(cut -d, -f "1-$NPROC" <<< "$gpus")"
+else
+    NPROC="${NPROC:-1}"
+    export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( $(nproc) > NPROC ? $(nproc) / NPROC : 1 ))}"
+fi
+free_port() {
+    python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'
+}
+MASTER_PORT="${MASTER_PORT:-$(if [[ "${NNODES:-1}" == 1 && -z "${HOSTFILE:-}" ]]; then free_port; else echo 29500; fi)}"
+NODES=(--nnodes "${NNODES:-1}" --node-rank "${NODE_RANK:-0}" --master-addr "${MASTER_ADDR:-127.0.0.1}")
+
+case "$LAUNCHER" in
+    deepspeed)
+        command=(deepspeed --master_port "$MASTER_PORT")
+        if [[ -n "${HOSTFILE:-}" ]]; then
+            command+=(--hostfile "$HOSTFILE")
+        elif [[ -n "$gpus" ]]; then
+            # deepspeed overwrites CUDA_VISIBLE_DEVICES: it must be told the GPUs this way
+            command+=(--include "localhost:$gpus")
+            unset CUDA_VISIBLE_DEVICES
+        else
+            command+=(--num_gpus "$NPROC")
+        fi
+        ;;
+    torchrun)
+        command=(torchrun "${NODES[@]}" --master-port "$MASTER_PORT" --nproc-per-node "$NPROC")
+        ;;
+    accelerate)
+        command=(accelerate launch --num_machines "${NNODES:-1}" --machine_rank "${NODE_RANK:-0}"
+            --main_process_ip "${MASTER_ADDR:-127.0.0.1}" --main_process_port "$MASTER_PORT"
+            --num_processes "$(( NPROC * ${NNODES:-1} ))" --mixed_precision no --dynamo_backend no)
+        # despite its name it also starts CPU processes; accelerate's own --cpu starts one
+        if (( NPROC * ${NNODES:-1} > 1 )); then command+=(--multi_gpu); fi
+        ;;
+    python)
+        command=(python)
+        DS_CONFIG=""
+        ;;
+esac
+if [[ -n "$gpus" && "$LAUNCHER" != deepspeed ]]; then export CUDA_VISIBLE_DEVICES="$gpus"; fi
+
+command+=(train_dft.py)
+if [[ -n "${MODEL:-}" ]]; then command+=(--model_name_or_path "$MODEL"); fi
+# shellcheck disable=SC2206  # the words of DATA are the files
+if [[ -n "${DATA:-}" ]]; then command+=(--data_files $DATA); fi
+if [[ -n "${OUTPUT_DIR:-}" ]]; then command+=(--output_dir "$OUTPUT_DIR"); fi
+if [[ -n "$DS_CONFIG" ]]; then command+=(--deepspeed "$DS_CONFIG"); fi
+command+=("$@")
+
+{ printf 'Command:'; printf ' %q' "${command[@]}"; printf '\nLog file: %s\n' "$LOG_FILE"; } | tee "$LOG_FILE"
+
+# The run gets a process group of its own, so that ending this script ends every rank with it.
+end_run() {
+    kill -TERM -- "-$run" 2> /dev/null || true
+    { sleep 30; kill -KILL -- "-$run"; } > /dev/null 2>&1 &
+}
+set -m
+"${command[@]}" > >(tee -a "$LOG_FILE") 2>&1 &
+run=$!
+set +m
+trap end_run TERM INT HUP
+status=0
+wait "$run" || status=$?
+while kill -0 -- "-$run" 2> /dev/null; do sleep 0.5; done  # ranks may outlive the launcher
+if [[ ! -f "$LOG_FILE" ]]; then
+    exit "$status"
+elif [[ "$LAUNCHER" == deepspeed && "$status" == 0 ]] && ! grep -q 'exits successfully' "$LOG_FILE"; then
+    echo "error: the launcher was killed" >&2  # it returns 0 when its child is killed
+    status=1
+elif [[ "$LAUNCHER" =~ ^(torchrun|accelerate)$ && "$status" == 1 ]] && grep -q 'exitcode *: 2 ' "$LOG_FILE"; then
+    status=2  # they turn every status into 1; 2 is a mistake of the user's
+fi
+exit "$status"

@@ -1,0 +1,131 @@
+"""What the tests share: a small model made on the spot, templates, and a way to launch the program."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# before torch and deepspeed are imported: tests run on CPU, on any machine
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+ROOT = Path(__file__).parent.parent
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".torch_extensions"))
+
+from scripts.make_example_data import dialogues_zh, facts_en, reasoning_en, tools_en  # noqa: E402
+from scripts.make_tiny_model import make_model, make_tokenizer, strings  # noqa: E402
+
+# A ChatML template without generation tags, of the kind of Qwen2.5's: a default system prompt, tools, tool results
+# inside a user turn
+CHATML_TEMPLATE = """\
+{%- if messages[0].role != 'system' %}{{- '<|im_start|>system\\nYou are helpful.<|im_end|>\\n' }}{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'tool' %}
+        {{- '<|im_start|>user\\n<tool_response>\\n' + message.content + '\\n</tool_response><|im_end|>\\n' }}
+    {%- else %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content }}
+        {%- for call in message.tool_calls or [] %}
+            {{- '<tool_call>\\n' + (call.function | tojson) + '\\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+"""
+
+# Of the kind of Qwen3's: thinking is kept in the turns after the last question and dropped before it
+THINKING_TEMPLATE = """\
+{%- set ns = namespace(last=0) %}
+{%- for message in messages %}{%- if message.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}
+{%- for message in messages %}
+    {%- if message.role == 'assistant' %}
+        {%- set thought = message.reasoning_content or '' %}
+        {%- set content = message.content %}
+        {%- if '</think>' in content %}
+            {%- set thought = content.split('</think>')[0].split('<think>')[-1].strip('\\n') %}
+            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+        {%- endif %}
+        {%- if loop.index0 > ns.last %}
+            {{- '<|im_start|>assistant\\n<think>\\n' + thought + '\\n</think>\\n\\n' + content + '<|im_end|>\\n' }}
+        {%- else %}
+            {{- '<|im_start|>assistant\\n' + content + '<|im_end|>\\n' }}
+        {%- endif %}
+    {%- else %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+"""
+
+
+@pytest.fixture
+def tokenizer():
+    """A byte-level BPE tokenizer without a chat template."""
+    rows = facts_en()[:40] + dialogues_zh()[:20] + tools_en()[:4] + reasoning_en()[:20]
+    return make_tokenizer(strings(rows), vocab_size=600)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """Directory of a random model of two layers, with its tokenizer."""
+    directory = tmp_path_factory.mktemp("model")
+    rows = facts_en()[:40] + dialogues_zh()[:20] + tools_en()[:4] + reasoning_en()[:20]
+    make_tokenizer(strings(rows), vocab_size=600).save_pretrained(directory)
+    make_model(600, hidden_size=32, num_layers=2).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def chat_file(tmp_path_factory) -> Path:
+    """A file of 40 conversations of very different lengths."""
+    path = tmp_path_factory.mktemp("data") / "chats.jsonl"
+    rows = facts_en()[:16] + dialogues_zh()[:16] + tools_en()[:8]
+    write_jsonl(path, rows)
+    return path
+
+
+def write_jsonl(path: Path, rows: list) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def run(command: list, *, timeout: int = 300, **env: str) -> subprocess.CompletedProcess:
+    """Runs a command in the project's directory; the output holds stdout and stderr together."""
+    return subprocess.run(
+        [str(word) for word in command],
+        cwd=ROOT,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+    )
+
+
+@pytest.fixture
+def train(tiny_model, chat_file, tmp_path) -> Callable[..., subprocess.CompletedProcess]:
+    """Runs scripts/train.sh on the tiny model and the chat file, two steps in float32 unless told otherwise."""
+
+    def start(*flags, expect: int = 0, **env: str) -> subprocess.CompletedProcess:
+        defaults = {"LAUNCHER": "python", "NPROC": "2", "LOG_DIR": str(tmp_path / "logs")}
+        settings = [
+            *("--model_name_or_path", tiny_model, "--data_files", chat_file, "--output_dir", tmp_path / "out"),
+            *("--torch_dtype", "float32", "--max_steps", 2, "--per_device_train_batch_size", 2),
+            *("--logging_steps", 1, "--disable_tqdm", "True"),
+        ]
+        result = run(["bash", "scripts/train.sh", *settings, *flags], **{**defaults, **env})
+        assert result.returncode == expect, result.stdout[-6000:]
+        return result
+
+    return start
+
+
+def read_log(output_dir: Path) -> list[dict]:
+    """The records of train_log.jsonl."""
+    return [json.loads(line) for line in (output_dir / "train_log.jsonl").read_text().splitlines()]

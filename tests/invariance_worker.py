@@ -1,0 +1,114 @@
+"""Started by test_invariance.py on one or more processes: one optimizer step for each way to cut the batch.
+
+    torchrun --nproc-per-node 2 tests/invariance_worker.py OUT MODE 4x1 1x4 …
+
+MODE is ddp, zero2, zero3, accelerate (its own ZeRO-3), mutant or evaluated-first. With plain SGD the
+change of the weights is the gradient. For every cut BATCHxACCUMULATION rank 0 writes
+OUT/BATCHxACCUMULATION.pt: {"gradient": [P] float32, "train": log record, "eval": log record}.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+from transformers import DataCollatorForSeq2Seq
+
+from arguments import DFTTrainingArguments
+from dft_loss import count_supervised
+from dft_trainer import DFTTrainer
+from process_group import program
+from scripts.make_example_data import dialogues_zh, facts_en
+from scripts.make_tiny_model import make_model, make_tokenizer, strings
+
+LEARNING_RATE = 64.0
+GLOBAL_BATCH = 8
+DS_CONFIGS = {"zero2": "ds_config/zero2.json", "zero3": "ds_config/zero3.json"}
+
+
+class MicroBatchMean(DFTTrainer):
+    """The mutant: every micro-batch is normalised by itself, and their means are averaged."""
+
+    loss_is_scaled_for_ga = False
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        count = count_supervised(inputs["labels"]) * self.accelerator.num_processes
+        return super().compute_loss(model, inputs, return_outputs, count)
+
+
+class Rows(torch.utils.data.Dataset):
+    """Rows of very uneven lengths; one of them supervises nothing."""
+
+    def __init__(self, num_rows: int):
+        generator = torch.Generator().manual_seed(0)
+        self.rows = []
+        for i in range(num_rows):
+            length = 5 + 9 * (i % 8)
+            ids = torch.randint(300, (length,), generator=generator)
+            labels = ids.clone()
+            labels[: length if i == 3 else length // 3] = -100
+            self.rows.append({"input_ids": ids.tolist(), "labels": labels.tolist()})
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+def one_step(mode: str, batch: int, accumulation: int, out: Path) -> None:
+    tokenizer = make_tokenizer(strings(facts_en()[:20] + dialogues_zh()[:5]), vocab_size=400)
+    args = DFTTrainingArguments(
+        output_dir=str(out / "trainer"),
+        per_device_train_batch_size=batch,
+        per_device_eval_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        max_steps=1,
+        max_grad_norm=0.0,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        deepspeed=DS_CONFIGS.get(mode),
+        logging_steps=1,
+        eval_on_start=True,
+        save_strategy="no",
+        report_to=["none"],
+        disable_tqdm=True,
+        activation_checkpointing=mode == "zero3",
+        train_sampling_strategy="sequential",
+    )
+    model = make_model(400, hidden_size=32, num_layers=2)
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    names = [name for name, _ in model.named_parameters()]
+    cls = MicroBatchMean if mode == "mutant" else DFTTrainer
+    trainer = cls(
+        model,
+        args,
+        dft_alpha=0.7,
+        train_dataset=Rows(GLOBAL_BATCH),
+        eval_dataset=Rows(11),
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+    )
+    if mode == "evaluated-first":
+        trainer.evaluate()
+    trainer.train()
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if args.process_index == 0:
+        after = torch.cat([state[name].flatten().cpu() for name in names])
+        train, evaluation = (next(r for r in trainer.state.log_history if k in r) for k in ("ce_loss", "eval_loss"))
+        result = {"gradient": (before - after) / LEARNING_RATE, "train": train, "eval": evaluation}
+        torch.save(result, out / f"{batch}x{accumulation}.pt")
+
+
+def main() -> None:
+    out, mode = Path(sys.argv[1]), sys.argv[2]
+    out.mkdir(parents=True, exist_ok=True)
+    for cut in sys.argv[3:]:
+        batch, accumulation = map(int, cut.split("x"))
+        one_step(mode, batch, accumulation, out)
+
+
+if __name__ == "__main__":
+    with program():
+        main()

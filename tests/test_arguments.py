@@ -1,0 +1,193 @@
+"""Flags: what they mean, how they combine, and the one message that a mistake gets."""
+
+import os
+import pickle
+import subprocess
+import sys
+from importlib.metadata import packages_distributions
+
+import pytest
+from conftest import ROOT, run
+
+from command_line import build_parser, known_options, parse_args
+from dist_logger import UserError
+
+NEEDED = ["--model_name_or_path", "m", "--data_files", "d.jsonl", "--output_dir", "out"]
+
+
+@pytest.fixture(autouse=True)
+def restore_environment(monkeypatch):
+    """--logging_dir sets a variable for transformers: monkeypatch puts it back."""
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "unused")
+
+
+def parse(*flags):
+    return parse_args([*NEEDED, *map(str, flags)])
+
+
+def test_defaults_of_the_original():
+    model, data, dft, logging, training = parse()
+    assert (dft.dft_alpha, data.max_length, data.validation_split_percentage) == (1.0, 8192, 5.0)
+    assert (data.max_eval_samples, data.preprocessing_num_workers) == (1000, 8)
+    assert (model.torch_dtype, model.attn_implementation, model.trust_remote_code) == ("bfloat16", "auto", False)
+    assert training.activation_checkpointing is True
+    assert logging.reduce_logging is True
+    assert training.report_to == []
+
+
+def test_old_and_other_spellings():
+    model, data, _, _, training = parse(
+        *("--train_data_path", "a.jsonl", "--eval_data_path", "b.jsonl", "c.jsonl", "--model_max_length", 99),
+        *("--dtype", "float32", "--evaluation_strategy", "steps", "--gradient_checkpointing", "false"),
+        *("--warmup_ratio", 0.05, "--logging_dir", "logs", "--save_safetensors", "True", "--save_only_model", 1),
+    )
+    assert (data.data_files, data.eval_data_files, data.max_length) == (["a.jsonl"], ["b.jsonl", "c.jsonl"], 99)
+    assert model.torch_dtype == "float32"
+    assert training.eval_strategy == "steps"
+    assert training.activation_checkpointing is False
+    assert training.get_warmup_steps(200) == 10
+    assert os.environ["TENSORBOARD_LOGGING_DIR"] == "logs"
+    assert training.save_only_model is True
+
+
+@pytest.mark.parametrize("spelling", [["swanlab", "wandb"], ["swanlab,wandb"]])
+def test_several_trackers(spelling):
+    assert parse("--report_to", *spelling)[-1].report_to == ["swanlab", "wandb"]
+
+
+def test_use_simple_dft_false_is_plain_cross_entropy():
+    assert parse("--dft_alpha", 0.7, "--use_simple_dft", "False")[2].alpha == 0
+    assert parse("--dft_alpha", 0.7)[2].alpha == 0.7
+
+
+def test_evaluation_is_on_where_there_is_data_and_selects_by_accuracy():
+    training = parse("--eval_steps", 7)[-1]
+    assert (training.eval_strategy, training.eval_steps) == ("steps", 7)
+    assert (training.metric_for_best_model, training.greater_is_better) == ("eval_acc", True)
+    training = parse("--save_steps", 9)[-1]
+    assert (training.eval_strategy, training.eval_steps) == ("steps", 9)
+    assert parse("--save_strategy", "epoch")[-1].eval_strategy == "epoch"
+    assert parse("--eval_strategy", "no")[-1].eval_strategy == "no"
+    assert parse("--validation_split_percentage", 0)[-1].eval_strategy == "no"
+    for metric, greater in {"eval_ce_loss": False, "eval_perplexity": False, "eval_avg_p_correct": True}.items():
+        assert parse("--metric_for_best_model", metric)[-1].greater_is_better is greater
+
+
+def test_training_arguments_survive_pickling():
+    training = parse("--warmup_ratio", 0.1)[-1]
+    assert pickle.loads(pickle.dumps(training)).warmup_steps == 0.1
+
+
+def test_config_file_and_command_line(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "model_name_or_path: m\ndata_files: [a.jsonl, b.jsonl]\ndft_alpha: 0.3\nlearning_rate: 2e-6\n"
+        "bf16: true\nrun_name: null\nenable_gradient_checkpointing: false\n"
+        "lr_scheduler_kwargs: {num_cycles: 2}\n"
+    )
+    _, data, dft, _, training = parse_args(["--config", str(config), "--dft_alpha", "0.9"])
+    assert data.data_files == ["a.jsonl", "b.jsonl"]
+    assert dft.dft_alpha == 0.9
+    assert (training.learning_rate, training.bf16, training.activation_checkpointing) == (2e-6, True, False)
+    assert training.lr_scheduler_kwargs == {"num_cycles": 2}
+
+
+WRONG = {
+    "unknown flag": (["--dft_alfa", "1"], "unknown option --dft_alfa; did you mean --dft_alpha?"),
+    "two unknown flags": (["--foo", "1", "--epochs=3"], "unknown option --foo"),
+    "alpha above 1": (["--dft_alpha", "1.5"], "--dft_alpha is 1.5; it must be between 0 (SFT) and 1 (pure DFT)"),
+    "alpha below 0": (["--dft_alpha", "-0.1"], "--dft_alpha is -0.1"),
+    "alpha nan": (["--dft_alpha", "nan"], "--dft_alpha is nan"),
+    "alpha word": (["--dft_alpha", "much"], "invalid float value: 'much'"),
+    "max_length 0": (["--max_length", "0"], "--max_length is 0; it must be at least 1"),
+    "split 100": (["--validation_split_percentage", "100"], "it must be at least 0 and below 100"),
+    "split below 0": (["--validation_split_percentage", "-1"], "it must be at least 0 and below 100"),
+    "workers 0": (["--preprocessing_num_workers", "0"], "--preprocessing_num_workers is 0"),
+    "validation mode": (["--data_validation", "lax"], "lax"),
+    "warm-up ratio 1": (["--warmup_ratio", "1.0"], "--warmup_ratio is 1.0; it must be at least 0 and below 1"),
+    "two warm-ups": (["--warmup_ratio", "0.1", "--warmup_steps", "5"], "give one"),
+    "no safetensors": (["--save_safetensors", "False"], "only safetensors is written"),
+    "own normalisation": (["--average_tokens_across_devices", "False"], "normalised over the global batch"),
+    "label smoothing": (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor 0.1: the DFT loss has none"),
+    "batch size 0": (
+        ["--per_device_train_batch_size", "0"],
+        "--per_device_train_batch_size is 0; it must be at least 1",
+    ),
+    "accumulation 0": (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps is 0"),
+    "learning rate": (["--learning_rate", "-1"], "--learning_rate is -1.0"),
+    "epochs 0": (["--num_train_epochs", "0"], "--num_train_epochs is 0"),
+    "unknown metric": (["--metric_for_best_model", "eval_accuracy"], "it must be one of eval_acc"),
+    "tracker": (["--report_to", "swanlabb"], "unknown tracker swanlabb; did you mean swanlab?"),
+    "strategy": (["--eval_strategy", "sometimes"], "sometimes"),
+    "evaluation without data": (
+        ["--validation_split_percentage", "0", "--eval_strategy", "steps"],
+        "--eval_strategy steps needs evaluation data",
+    ),
+    "deepspeed file": (["--deepspeed", "no/such.json"], "--deepspeed no/such.json: no such file"),
+    "config file": (["--config", "no/such.yaml"], "--config no/such.yaml can't be read"),
+    "fp16 on cpu": (["--fp16", "True"], "--fp16 needs a GPU"),
+    "metric steps": (["--log_metrics_steps", "0"], "--log_metrics_steps is 0"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_mistakes(name):
+    flags, message = WRONG[name]
+    with pytest.raises(UserError) as caught:
+        parse(*flags)
+    assert message in str(caught.value)
+
+
+def test_missing_flags_are_named():
+    with pytest.raises(UserError, match="required: --model_name_or_path.*--data_files"):
+        parse_args([])
+
+
+def test_a_config_file_with_an_unknown_option_is_refused(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("dft_alpa: 1\n")
+    with pytest.raises(UserError, match=r"run\.yaml: unknown option dft_alpa; did you mean --dft_alpha"):
+        parse_args(["--config", str(config)])
+    config.write_text("- dft_alpha\n")
+    with pytest.raises(UserError, match="YAML mapping"):
+        parse_args(["--config", str(config)])
+
+
+def test_a_broken_deepspeed_file_is_named(tmp_path):
+    broken = tmp_path / "zero.json"
+    broken.write_text("{")
+    with pytest.raises(UserError, match=r"zero\.json is not valid JSON"):
+        parse("--deepspeed", broken)
+
+
+def test_help_is_grouped_and_complete():
+    text = build_parser().format_help()
+    for group in ("model:", "data:", "DFT loss:", "logging:", "training:", "all other training flags"):
+        assert f"\n{group}" in text
+    for option in known_options():
+        assert f"{option} " in text or f"{option}," in text or f"{option}\n" in text
+
+
+@pytest.mark.launch
+def test_a_mistake_is_one_message_and_status_2(tmp_path):
+    missing = tmp_path / "missing.jsonl"
+    result = run(["python", "train_dft.py", "--model_name_or_path", "m", "--data_files", missing, "--dft_alpha", "3"])
+    assert result.returncode == 2
+    errors = [text for text in result.stdout.splitlines() if text.startswith("error:")]
+    assert len(errors) == 1
+    assert "Traceback" not in result.stdout
+
+
+def test_importing_has_no_side_effects(tmp_path):
+    """No file, no handler, no process group; and no module named like an installed package."""
+    modules = sorted(path.stem for path in ROOT.glob("*.py"))
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import logging, os, importlib\n"
+        f"for name in {modules}: importlib.import_module(name)\n"
+        "import torch.distributed as dist\n"
+        "assert not logging.getLogger('dft').handlers and not logging.getLogger().handlers\n"
+        "assert not dist.is_initialized() and os.listdir('.') == []"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    installed = {name for name, owners in packages_distributions().items() if owners != ["dft-trainer"]}
+    assert not installed & set(modules)

@@ -1,0 +1,74 @@
+"""Log records carry their true rank, and a log file is written once, by rank 0."""
+
+import logging
+
+import pytest
+from conftest import run
+
+from dist_logger import ROOT_NAME, UserError, get_logger, setup_logging
+
+WORKER = """
+import sys
+from accelerate import PartialState
+from dist_logger import get_logger, setup_logging
+from process_group import program
+with program():
+    setup_logging(sys.argv[1], only_rank_0=sys.argv[2] == "True")
+    logger = get_logger("early")
+    logger.info("before the group")
+    PartialState(cpu=True)
+    logger.info("after the group")
+    logger.error("an error")
+"""
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("only_rank_0", [True, False])
+def test_two_processes_write_their_true_ranks(tmp_path, only_rank_0):
+    worker = tmp_path / "worker.py"
+    worker.write_text(WORKER)
+    log = tmp_path / "logs" / "run.log"
+    command = ["torchrun", "--standalone", "--nproc-per-node", 2, worker, log, only_rank_0]
+    result = run(command, PYTHONPATH=".")
+    assert result.returncode == 0, result.stdout
+    for message in ("before the group", "after the group", "an error"):
+        lines = [text for text in result.stdout.splitlines() if text.endswith(message)]
+        ranks = sorted(text.split("[RANK ")[1].split("]")[0] for text in lines)
+        assert ranks == (["0/2"] if only_rank_0 and message != "an error" else ["0/2", "1/2"])
+    written = log.read_text().splitlines()
+    assert [text.split(" - ")[-1] for text in written] == ["before the group", "after the group", "an error"]
+    assert all("[RANK 0/2]" in text for text in written)
+
+
+@pytest.fixture(autouse=True)
+def restore_logging():
+    yield
+    logger = logging.getLogger(ROOT_NAME)
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    logger.propagate = True
+
+
+def test_setting_up_twice_writes_once(tmp_path, capsys):
+    for _ in range(2):
+        setup_logging(tmp_path / "run.log")
+    get_logger("here").info("hello")
+    assert capsys.readouterr().err.count("hello") == 1
+    assert (tmp_path / "run.log").read_text().count("hello") == 1
+
+
+def test_debug_records_are_shown_on_request(capsys):
+    setup_logging()
+    get_logger("here").debug("quiet")
+    setup_logging(debug=True)
+    get_logger("here").debug("loud")
+    shown = capsys.readouterr().err
+    assert "quiet" not in shown
+    assert "loud" in shown
+
+
+def test_an_unwritable_log_file_is_a_users_mistake(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="can't be written"):
+        setup_logging(tmp_path / "file" / "run.log")

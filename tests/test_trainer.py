@@ -1,0 +1,237 @@
+"""DFTTrainer in one process: its metrics against a recomputation, its evaluation, and what it refuses."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import ROOT
+from datasets import Dataset
+from transformers import DataCollatorForSeq2Seq, TrainingArguments
+
+from dft_trainer import DFTTrainer, PaddedEvalSet
+from scripts.make_tiny_model import make_model
+
+
+def rows(count: int, seed: int = 0) -> Dataset:
+    """Rows of 4 to 40 tokens, of which the last half is supervised."""
+    generator = torch.Generator().manual_seed(seed)
+    data = []
+    for i in range(count):
+        ids = torch.randint(3, 300, (4 + 6 * (i % 7),), generator=generator).tolist()
+        data.append({"input_ids": ids, "labels": [-100] * (len(ids) // 2) + ids[len(ids) // 2 :]})
+    return Dataset.from_list(data)
+
+
+@pytest.fixture
+def make_trainer(tokenizer, tmp_path):
+    """A trainer on a small model, with plain TrainingArguments, as a notebook would make it."""
+
+    def make(model=None, **settings) -> DFTTrainer:
+        own = {k: settings.pop(k) for k in ("dft_alpha", "log_metrics_steps", "compute_loss_func") if k in settings}
+        args = TrainingArguments(
+            output_dir=str(tmp_path),
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+            save_strategy="no",
+            **{"per_device_eval_batch_size": 3, "logging_steps": 1, "max_steps": 2, **settings},
+        )
+        return DFTTrainer(
+            model or make_model(600, hidden_size=32, num_layers=2),
+            args,
+            data_collator=DataCollatorForSeq2Seq(tokenizer),
+            train_dataset=rows(16),
+            eval_dataset=rows(11, seed=1),
+            **own,
+        )
+
+    return make
+
+
+def recomputed(model, data, alpha: float) -> dict[str, float]:
+    """The metrics of the model on the rows, one row at a time, in float64."""
+    loss = nll_sum = p_sum = correct = count = 0.0
+    model.eval()
+    for row in data:
+        ids, labels = torch.tensor([row["input_ids"]]), row["labels"]
+        with torch.no_grad():
+            log_p = torch.log_softmax(model(ids).logits[0].double(), dim=-1)
+        for t in range(len(labels) - 1):
+            if labels[t + 1] == -100:
+                continue
+            nll = -float(log_p[t, labels[t + 1]])
+            p = math.exp(-nll)
+            loss += (alpha * p + 1 - alpha) * nll
+            nll_sum += nll
+            p_sum += p
+            correct += int(log_p[t].argmax()) == labels[t + 1]
+            count += 1
+    names = ("loss", "ce_loss", "avg_p_correct", "acc")
+    return dict(zip(names, (loss / count, nll_sum / count, p_sum / count, correct / count), strict=True))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_evaluation_is_token_weighted(make_trainer, batch_size):
+    trainer = make_trainer(dft_alpha=0.6, per_device_eval_batch_size=batch_size)
+    metrics = trainer.evaluate()
+    for name, value in recomputed(trainer.model, trainer.eval_dataset, 0.6).items():
+        assert metrics[f"eval_{name}"] == pytest.approx(value, rel=1e-5), name
+    assert metrics["eval_perplexity"] == pytest.approx(math.exp(metrics["eval_ce_loss"]))
+    assert metrics["eval_samples_per_second"] == pytest.approx(11 / metrics["eval_runtime"], rel=0.01)
+
+
+def test_training_metrics_are_those_of_the_tokens_trained_on(make_trainer):
+    """Two accumulated micro-batches before the first update: the record equals a recomputation over both."""
+    trainer = make_trainer(
+        dft_alpha=0.6,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=2,
+        max_steps=1,
+        learning_rate=0.0,
+    )
+    trainer.train()
+    record = next(r for r in trainer.state.log_history if "ce_loss" in r)
+    expected = recomputed(trainer.model, trainer.train_dataset, 0.6)
+    for key, name in {
+        "loss": "loss",
+        "ce_loss": "ce_loss",
+        "train/avg_p_correct": "avg_p_correct",
+        "token_accuracy": "acc",
+    }.items():
+        assert record[key] == pytest.approx(expected[name], rel=1e-5), key
+    assert record["train/dft_alpha"] == 0.6
+
+
+def test_alpha_0_trains_as_trainer_itself(make_trainer, tokenizer, tmp_path):
+    """The same weights after three steps as the stock Trainer's cross-entropy."""
+    from transformers import Trainer
+
+    settings = {"max_steps": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    ours = make_trainer(dft_alpha=0.0, learning_rate=1e-2, **settings)
+    stock = Trainer(
+        make_model(600, hidden_size=32, num_layers=2),
+        ours.args,
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        train_dataset=ours.train_dataset,
+    )
+    ours.train()
+    stock.train()
+    for (name, a), b in zip(ours.model.named_parameters(), stock.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_metrics_every_few_steps_cover_all_steps_between(make_trainer):
+    settings = {"per_device_train_batch_size": 4, "max_steps": 4, "learning_rate": 0.0, "dft_alpha": 1.0}
+    every = make_trainer(**settings)
+    every.train()
+    some = make_trainer(log_metrics_steps=4, **settings)
+    some.train()
+    records = [r for r in every.state.log_history if "learning_rate" in r]
+    sparse = [r for r in some.state.log_history if "learning_rate" in r]
+    assert [("ce_loss" in r) for r in sparse] == [False, False, False, True]
+    assert [r["loss"] for r in sparse] == [r["loss"] for r in records]
+    whole = recomputed(every.model, every.train_dataset, 1.0)
+    assert sparse[-1]["ce_loss"] == pytest.approx(whole["ce_loss"], rel=1e-5)
+    assert sparse[-1]["train/avg_p_correct"] == pytest.approx(whole["avg_p_correct"], rel=1e-5)
+
+
+def test_compute_metrics_and_predict_still_work(make_trainer):
+    trainer = make_trainer()
+    trainer.compute_metrics = lambda prediction: {"rows": len(prediction.label_ids)}
+    metrics = trainer.evaluate()
+    assert metrics["eval_rows"] == 12  # padded to a multiple of the batch size of 3
+    assert "eval_acc" in metrics
+    assert trainer.predict(trainer.eval_dataset).predictions.shape[0] == 11
+
+
+def test_several_evaluation_sets(make_trainer):
+    trainer = make_trainer()
+    single = trainer.evaluate()
+    trainer.eval_dataset = {"a": trainer.eval_dataset, "b": rows(5, seed=2)}
+    metrics = trainer.evaluate()
+    assert metrics["eval_a_ce_loss"] == pytest.approx(single["eval_ce_loss"])
+    assert "eval_b_acc" in metrics
+
+
+def test_several_evaluation_sets_with_kept_workers(make_trainer):
+    """Trainer keeps the workers' loaders by the name of the set."""
+    settings = {"dataloader_persistent_workers": True, "dataloader_num_workers": 1}
+    trainer = make_trainer(**settings)
+    trainer.eval_dataset = {"a": trainer.eval_dataset, "b": rows(5, seed=2)}
+    metrics = trainer.evaluate()
+    assert metrics["eval_b_ce_loss"] == pytest.approx(
+        recomputed(trainer.model, rows(5, seed=2), 1.0)["ce_loss"], rel=1e-5
+    )
+
+
+def test_an_evaluation_set_without_a_length(make_trainer):
+    trainer = make_trainer(dft_alpha=0.6)
+    expected = recomputed(trainer.model, trainer.eval_dataset, 0.6)
+    trainer.eval_dataset = trainer.eval_dataset.to_iterable_dataset()
+    metrics = trainer.evaluate()
+    for name, value in expected.items():
+        assert metrics[f"eval_{name}"] == pytest.approx(value, rel=1e-5), name
+
+
+def test_training_twice_logs_twice(make_trainer):
+    trainer = make_trainer(max_steps=2)
+    for _ in range(2):
+        trainer.train()
+        assert [("ce_loss" in r) for r in trainer.state.log_history if "learning_rate" in r] == [True, True]
+
+
+def test_a_model_that_takes_no_loss_arguments_is_normalised_all_the_same(make_trainer):
+    """Remote code often has a forward without **kwargs; Trainer then counts no tokens."""
+
+    class Plain(type(make_model(600, hidden_size=32, num_layers=1))):
+        def forward(self, input_ids=None, attention_mask=None, labels=None):
+            return super().forward(input_ids=input_ids, attention_mask=attention_mask)
+
+    torch.manual_seed(0)
+    model = make_model(600, hidden_size=32, num_layers=2)
+    plain = Plain(model.config)
+    plain.load_state_dict(model.state_dict())
+    settings = {"learning_rate": 1e-2, "gradient_accumulation_steps": 3, "per_device_train_batch_size": 2}
+    trainers = [make_trainer(m, **settings) for m in (model, plain)]
+    for trainer in trainers:
+        trainer.train()
+    for a, b in zip(trainers[0].model.parameters(), trainers[1].model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_padded_rows_supervise_nothing():
+    padded = PaddedEvalSet(rows(11), multiple=4)
+    assert len(padded) == 12
+    assert padded[10]["labels"] == rows(11)[10]["labels"]
+    assert set(padded[11]["labels"]) == {-100}
+    assert len(padded[11]["input_ids"]) == len(padded[11]["labels"])
+    with pytest.raises(IndexError):
+        padded[12]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dft_alpha": 1.1}, "between 0"),
+        ({"compute_loss_func": lambda *_: 0}, "drop compute_loss_func"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+    ],
+)
+def test_what_would_change_the_loss_is_refused(make_trainer, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(**settings)
+
+
+def test_deepspeed_configurations_differ_in_what_they_say():
+    """Everything that the Trainer must fill in is auto; ZeRO-3 gathers the weights when it saves."""
+    configs = {path.stem: json.loads(path.read_text()) for path in (ROOT / "ds_config").glob("*.json")}
+    assert set(configs) == {"zero2", "zero3", "zero3_offload"}
+    for name, config in configs.items():
+        for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+            assert config[key] == "auto"
+        assert config["bf16"]["enabled"] == config["fp16"]["enabled"] == "auto"
+        zero = config["zero_optimization"]
+        assert zero["stage"] == (2 if name == "zero2" else 3)
+        assert zero.get("stage3_gather_16bit_weights_on_model_save", name == "zero2")
+        assert zero.get("offload_param", {}).get("device", "none") == ("cpu" if "offload" in name else "none")

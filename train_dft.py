@@ -1,0 +1,320 @@
+"""Fine-tune a causal language model on ChatML data with the DFT loss.
+
+    python train_dft.py --model_name_or_path MODEL --data_files data/ --output_dir out              # 1 process
+    deepspeed --num_gpus 8 train_dft.py --deepspeed ds_config/zero3.json --config my_run.yaml      # 8 GPUs
+    torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
+        train_dft.py --deepspeed ds_config/zero3.json --config my_run.yaml                         # 8 nodes
+
+scripts/train.sh does this with a log file; --help lists the flags, README.md explains them.
+"""
+
+import json
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+
+import torch
+from datasets import DatasetDict, load_from_disk
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import is_flash_attn_2_available
+
+from arguments import DataArguments, DFTTrainingArguments, ModelArguments
+from chat_format import ChatFormat, load_chat_template
+from command_line import parse_args
+from data_report import report_table, show_row, write_report
+from data_utils import PreparedData, prepare_data
+from dft_trainer import DFTTrainer
+from dist_logger import UserError, get_logger, quiet_libraries, setup_logging
+from process_group import once_per_node, program
+from tracking import TrainLog, plot_curves, start_trackers, summary
+
+logger = get_logger("train_dft")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """One run, from the command line `argv` (by default this program's) to the saved model."""
+    model_args, data_args, dft_args, logging_args, args = parse_args(argv)
+    make_directory(args.output_dir, "--output_dir")
+    log_dir = make_directory(args.logging_dir or args.output_dir, "--logging_dir")
+    debug = data_args.debug_data_processing
+    setup_logging(log_dir / "train_distributed.log", only_rank_0=logging_args.reduce_logging, debug=debug)
+    quiet_libraries(progress_bars=not args.disable_tqdm)
+    checkpoint = find_checkpoint(args)
+    tokenizer = load_tokenizer(model_args, data_args)
+    config = load_config(model_args, tokenizer)
+    attention = choose_attention(model_args, args, config)
+    datasets = load_data(data_args, args, tokenizer)
+    if data_args.dry_run:
+        return
+    args.report_to = start_trackers(args)
+    model = load_model(model_args, args, config, attention)
+
+    trainer = DFTTrainer(
+        model,
+        args,
+        dft_alpha=dft_args.alpha,
+        log_metrics_steps=logging_args.log_metrics_steps,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8),
+        train_dataset=datasets["train"],
+        eval_dataset=datasets.get("eval"),
+        processing_class=tokenizer,
+        callbacks=[TrainLog(args.output_dir)],
+    )
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    save(trainer, result.metrics)
+    if args.process_index == 0:
+        plot_curves(trainer.state.log_history, Path(args.output_dir) / "training_curves.png")
+        print(summary(trainer))
+
+
+def make_directory(path: str, flag: str) -> Path:
+    """Makes a directory that is written to, on every rank, so that all find out together if they can't.
+
+    Raises:
+        UserError: it can't be made or written to.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag} {path} can't be made: {error.strerror}") from error
+    if not os.access(path, os.W_OK):
+        raise UserError(f"{flag} {path} can't be written to: choose another directory or change its permissions")
+    return Path(path)
+
+
+def find_checkpoint(args: DFTTrainingArguments) -> str | None:
+    """The checkpoint directory to resume from, or None.
+
+    Raises:
+        UserError: there is none, or it holds the model alone.
+    """
+    wanted = args.resume_from_checkpoint
+    if wanted is None or wanted.lower() == "false":
+        if Path(args.output_dir).is_dir() and get_last_checkpoint(args.output_dir):
+            logger.warning(
+                "%s holds checkpoints of an earlier run, which count towards --save_total_limit. To go on from "
+                "them: --resume_from_checkpoint last",
+                args.output_dir,
+            )
+        return None
+    if wanted.lower() in ("last", "true"):
+        wanted = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+        if wanted is None:
+            raise UserError(
+                f"--resume_from_checkpoint: no checkpoint in {args.output_dir}; drop the flag to start anew"
+            )
+    path = Path(wanted)
+    try:
+        state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--resume_from_checkpoint {path}: not a whole checkpoint (trainer_state.json: {error})"
+        ) from error
+    if not any(path.glob("optimizer*")) and not any(path.glob("global_step*")):
+        raise UserError(
+            f"--resume_from_checkpoint {path}: it holds the model alone (--save_only_model). Start a new run from it "
+            f"with --model_name_or_path {path}"
+        )
+    # Trainer would train one step more, or none and write empty results
+    step, epoch = state.get("global_step", 0), state.get("epoch") or 0.0
+    if step >= args.max_steps if args.max_steps > 0 else epoch >= args.num_train_epochs:
+        raise UserError(
+            f"--resume_from_checkpoint {path}: nothing is left to train, it is at step {step} and epoch {epoch:g}; "
+            "raise --max_steps or --num_train_epochs"
+        )
+    return str(path)
+
+
+def load_tokenizer(model_args: ModelArguments, data_args: DataArguments) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, padding on the right, with the chat template that was asked for.
+
+    Raises:
+        UserError: there is no such model, or no tokenizer with it.
+    """
+    name = model_args.model_name_or_path
+    is_hub_name = "/" not in name or (name.count("/") == 1 and not Path(name).parent.is_dir())
+    if not Path(name).exists() and (name.startswith(".") or not is_hub_name):
+        raise UserError(f"--model_name_or_path {name}: no such directory, and not a name on the model hub")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **model_args.source)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"--model_name_or_path {name}: its tokenizer can't be loaded: {error}") from error
+    if data_args.chat_template is not None:
+        tokenizer.chat_template = load_chat_template(data_args.chat_template)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def load_data(
+    data_args: DataArguments, args: DFTTrainingArguments, tokenizer: PreTrainedTokenizerBase
+) -> DatasetDict | None:
+    """The training and evaluation rows, tokenised by one process of each node and read by all of them.
+
+    None after a dry run.
+    """
+    chat_format = ChatFormat(tokenizer)
+    logger.info("Assistant turns are found by: %s", chat_format.method)
+    directory = tokenized_directory(args)
+    once_per_node(partial(prepare_on_disk, directory, chat_format, data_args, args))
+    return None if data_args.dry_run else load_from_disk(directory)
+
+
+def tokenized_directory(args: DFTTrainingArguments) -> Path:
+    """Where this node's tokenised rows are kept during the run."""
+    return Path(args.output_dir) / "tokenized" / f"node-of-rank-{args.process_index - args.local_process_index}"
+
+
+def prepare_on_disk(
+    directory: Path, chat_format: ChatFormat, data_args: DataArguments, args: DFTTrainingArguments
+) -> None:
+    """Prepares the data, says what became of it, and writes the tokenised rows to `directory`."""
+    is_main = args.process_index == 0
+    data = prepare_data(
+        data_args.data_files,
+        data_args.eval_data_files,
+        chat_format,
+        max_length=data_args.max_length,
+        validation_split_percentage=data_args.validation_split_percentage,
+        max_eval_samples=data_args.max_eval_samples,
+        data_validation=data_args.data_validation,
+        num_workers=data_args.preprocessing_num_workers,
+        seed=args.seed,
+        progress=is_main and not args.disable_tqdm,
+    )
+    if is_main:
+        write_report(data.report, data.rejected, Path(args.output_dir))
+        show_data(data, data_args, chat_format.tokenizer)
+    if not data_args.dry_run:
+        shutil.rmtree(directory, ignore_errors=True)
+        data.to_dataset_dict().save_to_disk(directory)
+
+
+def show_data(data: PreparedData, data_args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Logs what became of the data; shows a sample row of each file in a dry run, or logs it for debugging."""
+    logger.info("Data: %d training and %d evaluation rows", len(data.train), len(data.held_out))
+    for line in report_table(data.report).splitlines():
+        logger.info(line)
+    for row in {row.path: row for row in reversed(data.train)}.values():
+        if data_args.dry_run:
+            print(show_row(row, tokenizer), end="\n\n")
+        elif data_args.debug_data_processing:
+            logger.debug("sample row %r", show_row(row, tokenizer, color=False))
+    for row in data.rejected:
+        logger.debug("dropped %s", row)
+
+
+def load_config(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
+    """The model's configuration, checked before any data is prepared for it.
+
+    Raises:
+        UserError: it can't be loaded, has a loss of its own, or its vocabulary is smaller than the tokenizer's.
+    """
+    name = model_args.model_name_or_path
+    try:
+        config = AutoConfig.from_pretrained(name, **model_args.source)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"--model_name_or_path {name}: its configuration can't be loaded: {error}") from error
+    text_config = config.get_text_config()
+    if getattr(text_config, "output_router_logits", False):
+        raise UserError(
+            f"--model_name_or_path {name}: set output_router_logits to false in its config.json; the router loss of "
+            "mixture-of-experts models is not supported"
+        )
+    if len(tokenizer) > text_config.vocab_size:
+        raise UserError(
+            f"--model_name_or_path {name}: its tokenizer has {len(tokenizer)} tokens, the model "
+            f"{text_config.vocab_size}; resize the embedding and save the model before training"
+        )
+    return config
+
+
+def choose_attention(model_args: ModelArguments, args: DFTTrainingArguments, config: PretrainedConfig) -> str:
+    """The attention implementation to load the model with.
+
+    Raises:
+        UserError: flash_attention_2 can't run here and --attn_strict is set.
+    """
+    wanted = model_args.attn_implementation
+    dtype = str(config.dtype) if model_args.torch_dtype == "auto" else model_args.torch_dtype
+    half = args.bf16 or args.fp16 or dtype.endswith("float16")
+    # the kernels need an Ampere GPU or a newer one
+    can_flash = half and is_flash_attn_2_available() and torch.cuda.get_device_capability() >= (8, 0)
+    if wanted == "auto":
+        return "flash_attention_2" if can_flash else "sdpa"
+    if wanted == "flash_attention_2" and not can_flash:
+        problem = "flash_attention_2 needs an NVIDIA GPU (Ampere or newer), the flash-attn package and 16-bit training"
+        if model_args.attn_strict:
+            raise UserError(f"{problem}; drop --attn_strict to use sdpa")
+        logger.warning("%s: using sdpa", problem)
+        return "sdpa"
+    return wanted
+
+
+def load_model(
+    model_args: ModelArguments, args: DFTTrainingArguments, config: PretrainedConfig, attention: str
+) -> PreTrainedModel:
+    """The model, sharded at once under ZeRO-3.
+
+    Raises:
+        UserError: it can't be loaded.
+    """
+    name = model_args.model_name_or_path
+    if model_args.trust_remote_code:
+        logger.warning("Running Python code from %s, revision %s", name, model_args.model_revision)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=model_args.torch_dtype, attn_implementation=attention, **model_args.source
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"--model_name_or_path {name}: the model can't be loaded: {error}") from error
+    size = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ZeRO-3 leaves numel() at 0
+    logger.info("Model: %s, %.1f M parameters, %s, %s", type(model).__name__, size / 1e6, model.dtype, attention)
+    if model.dtype != torch.float32 and args.deepspeed_plugin is None:
+        logger.warning(
+            "The weights are %s and updated as such, which loses small updates. Use --torch_dtype float32 with --bf16 "
+            "True, or DeepSpeed, which keeps float32 copies.",
+            model.dtype,
+        )
+    return model
+
+
+def save(trainer: DFTTrainer, metrics: dict[str, float]) -> None:
+    """Writes the final model, its tokenizer, the metrics and the trainer's state to the output directory."""
+    args = trainer.args
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
+    if trainer.eval_dataset is not None:
+        evaluations = [r for r in trainer.state.log_history if "eval_loss" in r]
+        is_last_step = evaluations and evaluations[-1]["step"] == trainer.state.global_step
+        if is_last_step and not args.load_best_model_at_end:
+            metrics = {key: value for key, value in evaluations[-1].items() if key != "step"}
+        else:
+            metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    trainer.save_model()
+    trainer.save_state()
+    if args.process_index == 0:
+        # the final model holds no pickle; keys and tokens are left out of the JSON
+        (Path(args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+        (Path(args.output_dir) / "training_args.json").write_text(args.to_json_string() + "\n", encoding="utf-8")
+    once_per_node(partial(shutil.rmtree, tokenized_directory(args), ignore_errors=True))
+    if args.process_index == 0:
+        shutil.rmtree(tokenized_directory(args).parent, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    with program():
+        main()
