@@ -1,12 +1,14 @@
 """Starting the processes of a run, with or without a GPU, and work that one process does for its node."""
 
-import gc
+import atexit
 import os
 import socket
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -25,27 +27,31 @@ def program():
     """Around a whole program: leaves the process group at its end, and makes a UserError its one message.
 
     A UserError ends the program with status 2 and is printed on stderr by rank 0. Other exceptions pass.
+    The process ends here: nothing that follows is run.
     """
+    status = 0
     try:
         yield
     except UserError as error:
         if rank_and_world_size()[0] == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        leave()
-        sys.exit(USER_ERROR_STATUS)
-    leave()
-
-
-def leave() -> None:
-    """Leaves the process group, if there is one.
-
-    A gloo thread that still runs when the interpreter ends aborts the process. The threads end with the
-    last reference to the group, and some are in reference cycles (trainer, model, DDP).
-    """
+        status = USER_ERROR_STATUS
     if dist.is_initialized():
-        gc.collect()
         dist.destroy_process_group()
-        gc.collect()
+    end_process(status)
+
+
+def end_process(status: int) -> NoReturn:
+    """Ends the process as the interpreter would, but for taking itself apart.
+
+    A thread of a library (gloo's, autograd's) that asks for the interpreter's lock while it is taken
+    apart aborts the process: now and then, a run that has done all its work would end as failed.
+    """
+    threading._shutdown()  # waits for threads, as at any end
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def has_accelerator() -> bool:

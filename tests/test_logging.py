@@ -1,6 +1,7 @@
 """Log records carry their true rank, and a log file is written once, by rank 0."""
 
 import logging
+import sys
 
 import pytest
 from conftest import run
@@ -72,3 +73,18 @@ def test_an_unwritable_log_file_is_a_users_mistake(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="can't be written"):
         setup_logging(tmp_path / "file" / "run.log")
+
+
+@pytest.mark.parametrize(("body", "status", "said"), [("pass", 0, ""), ("raise UserError('bad flag')", 2, "error: bad flag\n")])
+def test_a_program_ends_with_its_exit_handlers_threads_and_status(tmp_path, body, status, said):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import atexit, sys, threading, time\n"
+        "from dist_logger import UserError\n"
+        "from process_group import program\n"
+        "atexit.register(lambda: sys.stdout.write('handler '))\n"
+        "threading.Thread(target=lambda: (time.sleep(0.2), sys.stdout.write('thread '))).start()\n"
+        f"with program():\n    {body}\n"
+    )
+    result = run([sys.executable, script], PYTHONPATH=".")
+    assert (result.returncode, result.stdout) == (status, f"{said}thread handler ")
