@@ -75,7 +75,9 @@ def test_an_unwritable_log_file_is_a_users_mistake(tmp_path):
         setup_logging(tmp_path / "file" / "run.log")
 
 
-@pytest.mark.parametrize(("body", "status", "said"), [("pass", 0, ""), ("raise UserError('bad flag')", 2, "error: bad flag\n")])
+@pytest.mark.parametrize(
+    ("body", "status", "said"), [("pass", 0, ""), ("raise UserError('bad flag')", 2, "error: bad flag\n")]
+)
 def test_a_program_ends_with_its_exit_handlers_threads_and_status(tmp_path, body, status, said):
     script = tmp_path / "script.py"
     script.write_text(
