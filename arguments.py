@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any, Literal
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from data_formats import FORMATS, ROLES
 from dist_logger import UserError, get_logger
 from process_group import has_accelerator, join_for_deepspeed
 
@@ -61,7 +63,8 @@ class DataArguments:
 
     data_files: list[str] = field(
         metadata={
-            "help": "Training data: .json and .jsonl files, directories of them, globs.",
+            "help": "Training data: files (.json, .jsonl, also as .gz and .zst; .parquet), directories, globs. "
+            "PATH#N takes a random sample of N rows of each file.",
             "aliases": ["--train_data_path"],
         }
     )
@@ -70,13 +73,29 @@ class DataArguments:
         None,
         ("--eval_data_path",),
     )
+    data_format: Literal["auto", *FORMATS] = option(
+        "Format of the rows; auto tells it for each file by its columns.", "auto"
+    )
+    role_map: list[str] | None = option("Other names of roles, as NAME=ROLE: human=user bot=assistant.")
+    data_weights: list[float] | None = option(
+        "One number for each entry of --data_files: how often its rows are seen in an epoch. 2: twice; 0.5: a random "
+        "half of them once."
+    )
+    dedup: bool = option("Drop rows that repeat an earlier one, in any file.", False)
+    drop_leaked: bool = option("Don't train on rows that have the prompt of an evaluation row.", False)
+    train_on: Literal["all", "last"] = option("Assistant turns that are supervised: all, or the last of a row.", "all")
+    mask_thinking: bool = option("Don't supervise thinking blocks (<think> … </think> and their like).", False)
     validation_split_percentage: float = option(
         "Share of the training rows held out for evaluation, in percent, from 0 to below 100. Not used with "
         "--eval_data_files.",
         5.0,
     )
     max_eval_samples: int | None = option("Most rows to evaluate on; 0 for no limit.", 1000)
-    max_length: int = option("Longest row in tokens; longer ones lose their end.", 8192, ("--model_max_length",))
+    max_length: int = option("Longest row in tokens, see --truncation.", 8192, ("--model_max_length",))
+    truncation: Literal["right", "left", "drop", "error"] = option(
+        "Longer rows lose their end (right) or their beginning (left), are dropped (drop), or stop the run (error).",
+        "right",
+    )
     chat_template: str | None = option("File with a Jinja chat template that replaces the tokenizer's own.")
     data_validation: Literal["standard", "strict", "lenient"] = option(
         "standard: malformed rows stop the run, rows without anything to learn are dropped. strict: both stop. "
@@ -84,6 +103,11 @@ class DataArguments:
         "standard",
     )
     preprocessing_num_workers: int = option("Processes that tokenise, at most one per core.", 8)
+    data_cache_dir: str | None = option(
+        "Where tokenised data is kept for the next run with the same files, tokenizer and settings; by default dft in "
+        "the cache of Hugging Face's datasets."
+    )
+    overwrite_cache: bool = option("Prepare the data anew, whatever is in the cache.", False)
     debug_data_processing: bool = option("Log every dropped row and a sample row of each file.", False)
     dry_run: bool = option("Prepare the data, show the report and sample rows, and stop before the model.", False)
 
@@ -97,8 +121,18 @@ class DataArguments:
             )
         if self.max_eval_samples is not None and self.max_eval_samples < 0:
             raise UserError(f"--max_eval_samples is {self.max_eval_samples}; it must be at least 0 (0: no limit)")
+        if self.data_weights and any(not 0 <= weight < math.inf for weight in self.data_weights):
+            raise UserError(f"--data_weights is {self.data_weights}; each must be at least 0")
+        pairs = [pair.split("=") for pair in self.role_map or []]
+        if any(len(pair) != 2 or not pair[0] or pair[1] not in ROLES for pair in pairs):
+            raise UserError(f"--role_map is {self.role_map}; write NAME=ROLE, with a ROLE of {', '.join(ROLES)}")
         if self.preprocessing_num_workers < 1:
             raise UserError(f"--preprocessing_num_workers is {self.preprocessing_num_workers}; it must be at least 1")
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """--role_map as {name: role}."""
+        return dict(pair.split("=") for pair in self.role_map or [])
 
     @property
     def has_evaluation(self) -> bool:

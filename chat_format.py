@@ -1,40 +1,47 @@
 """Conversations to token ids and labels: every assistant turn with its end-of-turn token, and nothing else.
 
-One row's way: render the template once, find the character span of every assistant turn, verify the
-spans, tokenise once, map the spans to tokens by offsets. A row whose spans can't be verified is
-rejected with a reason; it is never trained on by a guess.
+One row's way: render the template, find the character span of every assistant turn, verify the spans,
+tokenise, map the spans to tokens. A row whose spans can't be verified is rejected with a reason; it is
+never trained on by a guess.
 
 Where the spans come from:
     generation tags   templates with {% generation %} … {% endgeneration %} say it themselves
     ChatML scan       <|im_start|>assistant … <|im_end|> in the rendered text
+    anchors           any other template, see template_turns.py
     built-in          tokenizers without a template get a ChatML template with generation tags
 
 Control tokens written inside a conversation's own text stay plain text. They are wrapped in two
 private-use characters before rendering, so they can be neither a turn's border nor a token.
 """
 
+import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from data_formats import MalformedRow, decode, function_of
 from dft_loss import IGNORE_INDEX
 from dist_logger import UserError, get_logger
+from template_turns import Span, TurnFinder, TurnNotFound
+from text_encoder import MARK_END, MARK_START, MARKS, TextEncoder, one_of
 
 logger = get_logger(__name__)
 
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-MARK_START, MARK_END = "\ue0f0", "\ue0f1"  # around control tokens that are a conversation's own text
-MARKED = re.compile(f"{MARK_START}(.*?){MARK_END}", re.DOTALL)
 CHATML_TURN = re.compile(rf"<\|im_start\|>assistant\n(.*?(?<!{MARK_START})<\|im_end\|>)", re.DOTALL)
-Span = tuple[int, int]  # characters [start, end) of the rendered text
+USED_INSIDE = tuple(map(chr, range(0xE0F0, 0xE0F6)))  # marks and anchors
+THINKING = re.compile(
+    r"<think>.*?</think>\s*|\[THINK\].*?\[/THINK\]|<\|channel\|>analysis<\|message\|>.*?<\|end\|>", re.DOTALL
+)
 
-# HEADER and END are replaced by what the tokenizer has, see ChatFormat.__init__
+# HEADER and END are replaced by what the tokenizer has, see ChatFormat._built_in_template
 BUILT_IN_TEMPLATE = """\
 {%- if tools %}
     {{- 'HEADERsystem\\n' }}
@@ -84,7 +91,8 @@ class Example:
 
     input_ids: np.ndarray
     labels: np.ndarray
-    has_control_text: bool  # control tokens stand in the conversation's own text
+    weights: np.ndarray | None = None  # float32 [T], what a token's loss is multiplied by; None: 1 everywhere
+    has_control_text: bool = False  # control tokens stand in the conversation's own text
     not_rendered: tuple[str, ...] = ()  # columns that the conversation has and the chat template never shows
     is_truncated: bool = False
 
@@ -92,6 +100,16 @@ class Example:
     def num_supervised(self) -> int:
         """Tokens that the loss scores; the first token of a row is never predicted."""
         return int((self.labels[1:] != IGNORE_INDEX).sum())
+
+
+@dataclass
+class _Rendered:
+    """A rendered conversation, and what of it is supervised."""
+
+    text: str  # with marks
+    spans: list[Span]
+    weights: list[float]  # of the spans
+    not_rendered: tuple[str, ...]
 
 
 def load_chat_template(path: str) -> str:
@@ -111,18 +129,28 @@ class ChatFormat:
 
     Args:
         tokenizer: a fast tokenizer. Without a chat template it is given the built-in one.
+        train_on: the assistant turns that are supervised.
+        mask_thinking: leave thinking blocks, their tags included, unsupervised.
 
     Attributes:
-        method: "generation tags", "ChatML scan" or "built-in template".
+        method: "generation tags", "ChatML scan", "anchors" or "built-in template".
 
     Raises:
-        UserError: the tokenizer has no offsets, or the template shows no assistant turns.
+        UserError: the tokenizer has no fast version, or no single chat template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        train_on: Literal["all", "last"] = "all",
+        mask_thinking: bool = False,
+    ):
         if not tokenizer.is_fast:
             raise UserError(f"{tokenizer.__class__.__name__} has no character offsets: a fast tokenizer is needed")
         self.tokenizer = tokenizer
+        self.train_on = train_on
+        self.mask_thinking = mask_thinking
+        self.encoder = TextEncoder(tokenizer)
         if tokenizer.chat_template is None:
             tokenizer.chat_template = self._built_in_template()
             self.method = "built-in template"
@@ -133,16 +161,16 @@ class ChatFormat:
         elif "<|im_start|>" in tokenizer.chat_template and "<|im_end|>" in tokenizer.chat_template:
             self.method = "ChatML scan"
         else:
-            raise UserError(
-                "the chat template neither is ChatML nor has {% generation %} tags, so its assistant turns can't be "
-                "told apart: put the tags around what the assistant writes and pass it with --chat_template FILE"
-            )
+            self.method = "anchors"
         self.has_tags = GENERATION_TAG.search(tokenizer.chat_template) is not None
-        special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-        special |= {tokenizer.eos_token or "<|im_end|>", "<|im_start|>", "<|im_end|>"}
-        alternatives = "|".join(re.escape(t) for t in sorted(special, key=len, reverse=True))
-        self._control = re.compile(alternatives)
+        names = set(self.encoder.special) | {tokenizer.eos_token or "<|im_end|>", "<|im_start|>", "<|im_end|>"}
+        alternatives = one_of(names)
+        self._control_text = re.compile(alternatives)
+        self._control = re.compile(rf"(?<!{MARK_START})(?:{alternatives})")
         self._trailing_control = re.compile(rf"(?<!{MARK_START})({alternatives})\s*\Z")
+        self._finder: TurnFinder | None = None
+        if self.method == "anchors":
+            self._finder = TurnFinder(self._render_text, self._control, tokenizer.eos_token)
 
     def _built_in_template(self) -> str:
         """ChatML where the tokenizer knows its tokens; else ChatML headers in plain text, turns ended by EOS."""
@@ -168,29 +196,59 @@ class ChatFormat:
         """
         messages, tools, template_kwargs = (self._mark(value) for value in (messages, tools, template_kwargs))
         try:
-            texts, tagged = render_jinja_template(
-                conversations=[messages],
-                tools=tools,
-                chat_template=self.tokenizer.chat_template,
-                return_assistant_tokens_mask=self.has_tags,
-                **{**self.tokenizer.special_tokens_map, **(template_kwargs or {})},
-            )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise RowRejected("template_error", f"the chat template refuses the row: {error}") from error
-        text = texts[0]
-        if self.has_tags:
-            spans = self._tagged_spans(text, tagged[0])
-        else:
-            spans = [match.span(1) for match in CHATML_TURN.finditer(text)]
+            text, spans = self._find_turns(_with_arguments(messages, as_text=False), tools, template_kwargs)
+        except RowRejected as error:
+            if error.reason != "template_error" or not any(m.get("tool_calls") for m in messages):
+                raise
+            # some templates (DeepSeek's) want the arguments of tool calls as JSON in a text
+            text, spans = self._find_turns(_with_arguments(messages, as_text=True), tools, template_kwargs)
         self._verify(text, spans, messages)
         return text, spans
+
+    def _find_turns(
+        self, messages: list[dict], tools: list | None, template_kwargs: dict | None
+    ) -> tuple[str, list[Span]]:
+        try:
+            if self._finder is not None:
+                return self._finder.find(messages, tools, template_kwargs)
+            if not self.has_tags:
+                text = self._render_text(messages, tools, template_kwargs)
+                return text, [match.span(1) for match in CHATML_TURN.finditer(text)]
+            texts, tagged = self._render(messages, tools, template_kwargs, return_assistant_tokens_mask=True)
+            return texts[0], self._tagged_spans(texts[0], tagged[0])
+        except (jinja2.TemplateError, TypeError, KeyError, AttributeError) as error:
+            raise RowRejected("template_error", f"the chat template refuses the row: {error}") from error
+        except TurnNotFound as error:
+            raise RowRejected("unverified_mask", str(error)) from error
+
+    def _render_text(
+        self,
+        messages: list[dict],
+        tools: list | None,
+        template_kwargs: dict | None,
+        add_generation_prompt: bool = False,
+    ) -> str:
+        return self._render(messages, tools, template_kwargs, add_generation_prompt=add_generation_prompt)[0][0]
+
+    def _render(
+        self, messages: list[dict], tools: list | None, template_kwargs: dict | None, **settings: bool
+    ) -> tuple[list[str], list[list[Span]]]:
+        return render_jinja_template(
+            conversations=[messages],
+            tools=tools,
+            chat_template=self.tokenizer.chat_template,
+            **settings,
+            **{**self.tokenizer.special_tokens_map, **(template_kwargs or {})},
+        )
 
     def _mark(self, value: Any) -> Any:
         """Wraps every control token in the strings of `value`, in nested lists and objects and their keys too."""
         if isinstance(value, str):
-            if MARK_START in value or MARK_END in value:
-                raise RowRejected("private_use_character", "the text holds U+E0F0 or U+E0F1, which are used inside")
-            return self._control.sub(lambda m: f"{MARK_START}{m[0]}{MARK_END}", value)
+            if any(character in value for character in USED_INSIDE):
+                raise RowRejected("private_use_character", "the text holds U+E0F0 to U+E0F5, which are used inside")
+            if self._control_text.search(value) is None:
+                return value
+            return self._control_text.sub(lambda match: f"{MARK_START}{match[0]}{MARK_END}", value)
         if isinstance(value, dict):
             return {self._mark(key): self._mark(item) for key, item in value.items()}
         if isinstance(value, list):
@@ -220,14 +278,18 @@ class ChatFormat:
         turns = [m for m in messages if m["role"] == "assistant"]
         if len(turns) != len(spans):
             raise RowRejected("unverified_mask", f"{len(turns)} assistant turns, {len(spans)} found in the render")
+        position = 0
         for turn, (start, end) in zip(turns, spans, strict=True):
+            if start < position:
+                raise RowRejected("unverified_mask", "two assistant turns overlap in the render")
+            position = end
             span = text[start:end]
             content = (turn.get("content") or "").strip()
             # reasoning models drop the thinking of earlier turns from the render
             if content not in span and content.split("</think>")[-1].strip() not in span:
                 raise RowRejected("unverified_mask", f"an assistant turn is not in the render: {content[:60]!r}")
             for call in turn.get("tool_calls") or []:
-                name = (call.get("function") or call).get("name", "")
+                name = function_of(call).get("name", "")
                 if name not in span:
                     raise RowRejected("unverified_mask", f"the call of tool {name!r} is not in its turn")
         for message in messages:
@@ -243,71 +305,135 @@ class ChatFormat:
         """Renders, tokenises and labels one conversation, whole.
 
         Raises:
-            RowRejected: see `render`; or control tokens in its text can't be kept as text.
+            RowRejected: see `render`; or nothing is supervised; or its control tokens can't be kept as text.
         """
+        result = next(iter(self.encode_batch([(messages, tools, template_kwargs)])))
+        if isinstance(result, RowRejected):
+            raise result
+        return result
+
+    def encode_batch(
+        self, conversations: Iterable[tuple[list[dict], list | None, dict | None]]
+    ) -> list[Example | RowRejected]:
+        """As `encode`, of many conversations (messages, tools, template arguments) at once, which is faster."""
+        results: list[Example | RowRejected] = []
+        rendered: list[_Rendered] = []
+        places: list[int] = []  # of `rendered` in `results`
+        for conversation in conversations:
+            try:
+                rendered.append(self._render_supervised(*conversation))
+                places.append(len(results))
+                results.append(RowRejected("", ""))  # replaced below
+            except RowRejected as error:
+                results.append(error)
+            except RecursionError:
+                results.append(RowRejected("nested_too_deeply", "its tools or tool calls are nested too deeply"))
+        borders = [[border for span in row.spans for border in span] for row in rendered]
+        encoded = self.encoder.encode([row.text for row in rendered], borders)
+        for place, row, tokens in zip(places, rendered, encoded, strict=True):
+            results[place] = self._example(row, tokens)
+        return results
+
+    def _render_supervised(self, messages: list[dict], tools: list | None, template_kwargs: dict | None) -> _Rendered:
         text, spans = self.render(messages, tools, template_kwargs)
-        marked = MARK_START in text
-        ids, starts, ends = self._tokenise_marked(text) if marked else self._tokenise(text)
+        weights = [float(m.get("weight", 1.0)) for m in messages if m["role"] == "assistant"]
+        if self.train_on == "last":
+            spans, weights = spans[-1:], weights[-1:]
+        if self.mask_thinking:
+            parts = [_without_thinking(text, span) for span in spans]
+            weights = [weight for weight, some in zip(weights, parts, strict=True) for _ in some]
+            spans = [span for some in parts for span in some]
+        kept = [(span, weight) for span, weight in zip(spans, weights, strict=True) if weight > 0]
+        if not kept:
+            raise RowRejected("nothing_to_train_on", "every assistant turn has the weight 0 or isn't asked for")
+        return _Rendered(text, [s for s, _ in kept], [w for _, w in kept], self._not_rendered(text, messages, tools))
+
+    def _example(self, row: _Rendered, tokens: tuple[np.ndarray, list[int]] | None) -> Example | RowRejected:
+        if tokens is None:
+            return RowRejected("control_token_in_text", "this tokenizer can't keep control tokens as plain text")
+        ids, borders = tokens
         labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int32)
-        for start, end in spans:
-            first = np.searchsorted(starts, start, side="left")
-            last = np.searchsorted(ends, end, side="right")  # exclusive
-            if last <= first or ends[last - 1] != end:
-                raise RowRejected("unverified_mask", "the end of an assistant turn is inside a token")
+        weights = None
+        if any(weight != 1 for weight in row.weights):
+            weights = np.ones(len(ids), dtype=np.float32)
+        for first, last, weight in zip(borders[::2], borders[1::2], row.weights, strict=True):
             labels[first:last] = ids[first:last]
-        return Example(ids, labels, marked, self._not_rendered(text, messages, tools))
+            if weights is not None:
+                weights[first:last] = weight
+        return Example(ids, labels, weights, MARK_START in row.text, row.not_rendered)
 
     @staticmethod
     def _not_rendered(text: str, messages: list[dict], tools: list | None) -> tuple[str, ...]:
         shown = {
             "reasoning_content": [m["reasoning_content"].strip() for m in messages if m.get("reasoning_content")],
-            "tools": [str((tool.get("function") or tool).get("name")) for tool in tools or []],
+            "tools": [str(function_of(tool).get("name")) for tool in tools or []],
         }
         if any(shown.values()):
-            text = MARKED.sub(r"\1", text)
+            text = MARKS.sub("", text)
         return tuple(name for name, parts in shown.items() if parts and not any(part in text for part in parts))
 
-    def _tokenise(self, text: str, control_as_text: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Token ids and their first and past-the-last character, int32 [T] each. The template wrote the BOS."""
-        backend = self.tokenizer.backend_tokenizer
-        backend.encode_special_tokens = control_as_text
-        encoding = backend.encode(text, add_special_tokens=False)
-        offsets = np.array(encoding.offsets, dtype=np.int32).reshape(-1, 2)
-        return np.array(encoding.ids, dtype=np.int32), offsets[:, 0], offsets[:, 1]
 
-    def _tokenise_marked(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """As `_tokenise`, with marked control tokens as plain text; the marks themselves have no token."""
-        parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-
-        def add(start: int, end: int, control_as_text: bool) -> None:
-            ids, starts, ends = self._tokenise(text[start:end], control_as_text)
-            parts.append((ids, starts + np.int32(start), ends + np.int32(start)))
-
-        position = 0
-        for match in MARKED.finditer(text):
-            add(position, match.start(), control_as_text=False)
-            add(*match.span(1), control_as_text=True)
-            if self.tokenizer.convert_tokens_to_ids(match[1]) in parts[-1][0]:
-                raise RowRejected("control_token_in_text", f"{match[1]!r} can't be tokenised as plain text")
-            position = match.end()
-        add(position, len(text), control_as_text=False)
-        ids, starts, ends = (np.concatenate(column) for column in zip(*parts, strict=True))
-        if self.tokenizer.decode(ids, clean_up_tokenization_spaces=False) != MARKED.sub(r"\1", text):
-            raise RowRejected(
-                "control_token_in_text", "this tokenizer can't keep control tokens as plain text exactly"
-            )
-        return ids, starts, ends
+def _without_thinking(text: str, span: Span) -> list[Span]:
+    """What is left of a span between its thinking blocks."""
+    start, end = span
+    left: list[Span] = []
+    for match in THINKING.finditer(text, start, end):
+        left.append((start, match.start()))
+        start = match.end()
+    return [(a, b) for a, b in [*left, (start, end)] if a < b]
 
 
-def truncate(example: Example, max_length: int) -> Example:
-    """The first `max_length` tokens. A turn cut there keeps its tokens and gets no end-of-turn token.
+def _with_arguments(messages: list[dict], as_text: bool) -> list[dict]:
+    """Messages with the arguments of every tool call as an object, or as JSON in a text."""
+    if not any(message.get("tool_calls") for message in messages):
+        return messages
+    return [
+        {**message, "tool_calls": [_call_with_arguments(call, as_text) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in messages
+    ]
+
+
+def _call_with_arguments(call: dict, as_text: bool) -> dict:
+    function = function_of(call)
+    arguments = function.get("arguments")
+    if as_text and not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    elif not as_text and isinstance(arguments, str):
+        try:
+            parsed = decode(arguments)
+        except MalformedRow:
+            parsed = None
+        if type(parsed) is dict:  # not one with a repeated key
+            arguments = parsed
+    function = {**function, "arguments": arguments} if "arguments" in function else function
+    return {**call, "function": function} if "function" in call else function
+
+
+def truncate(example: Example, max_length: int, side: Literal["right", "left", "drop"] = "right") -> Example:
+    """A row of at most `max_length` tokens.
+
+    Args:
+        side: the end that a longer row loses. right: a turn cut there keeps its tokens and gets no
+            end-of-turn token. drop: longer rows are rejected.
 
     Raises:
-        RowRejected: no supervised token is left.
+        RowRejected: no supervised token is left, or the row is too long and `side` is drop.
     """
-    if len(example.input_ids) > max_length:
-        ids, labels = example.input_ids[:max_length], example.labels[:max_length]
-        example = replace(example, input_ids=ids, labels=labels, is_truncated=True)
+    length = len(example.input_ids)
+    if length > max_length:
+        if side == "drop":
+            raise RowRejected("too_long", f"{length} tokens, more than --max_length {max_length}")
+        kept = slice(max_length) if side == "right" else slice(length - max_length, None)
+        weights = None if example.weights is None else example.weights[kept]
+        example = replace(
+            example,
+            input_ids=example.input_ids[kept],
+            labels=example.labels[kept],
+            weights=weights,
+            is_truncated=True,
+        )
     if example.num_supervised == 0:
         raise RowRejected("nothing_left_after_truncation", f"no assistant token within --max_length {max_length}")
     return example

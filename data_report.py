@@ -1,8 +1,11 @@
 """What became of the data: counts for every file, the rows that were dropped, and sample rows to look at."""
 
 import json
+import math
+import os
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,117 +13,221 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from chat_format import Example
-from data_files import Rejected
+from data_formats import Rejected
 from dft_loss import IGNORE_INDEX
 
 PERCENTILES = {"min": 0, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "p99": 99, "max": 100}
 GREEN, GREY, PLAIN = "\033[32m", "\033[90m", "\033[0m"
+PADDED_TO = 8  # tokens, see train_dft.py's collator
+SHUFFLES = 4  # of which the padding waste is the mean
 
 
 @dataclass
-class TokenizedRow:
-    """One row kept, and where it comes from."""
+class FileStatistics:
+    """What became of the rows of one file."""
+
+    path: str
+    format: str
+    rows_read: int
+    not_sampled: int
+    duplicates: int
+    leaked: int
+    rejected: Counter[str]  # reason -> rows
+    lengths: np.ndarray  # int32, tokens of the rows kept
+    supervised: int  # tokens
+    truncated: int
+    control_text: int
+    not_rendered: Counter[str]
+
+
+@dataclass
+class SampleRow:
+    """One tokenised row to look at, and where it comes from."""
 
     path: str
     line: int
-    example: Example
+    input_ids: np.ndarray  # int32 [T]
+    labels: np.ndarray  # int32 [T]
 
 
-def make_report(rows_read: Counter[str], rows: list[TokenizedRow], rejected: list[Rejected]) -> dict[str, Any]:
+# ---- counting -----------------------------------------------------------------------------------
+
+
+def make_report(files: list[FileStatistics]) -> dict[str, Any]:
     """What became of every row: {"files": [one entry for each file], "total": the same over all files}.
 
-    An entry holds path, format, rows_read, kept, rejected {reason: count}, tokens, supervised_tokens,
-    truncated and control_tokens_in_text (rows), not_rendered {column: rows whose chat template never shows
-    it}, and length_percentiles (tokens).
+    An entry holds path, format, rows_read, kept, not_sampled, rejected {reason: count}, duplicates, leaked,
+    tokens, supervised_tokens, truncated and control_tokens_in_text (rows), not_rendered {column: rows whose
+    chat template never shows it}, and length_percentiles (tokens).
     """
-    kept_of: dict[str, list[TokenizedRow]] = {path: [] for path in rows_read}
-    rejected_of: dict[str, list[Rejected]] = {path: [] for path in rows_read}
-    for row in rows:
-        kept_of[row.path].append(row)
-    for row in rejected:
-        rejected_of[row.path].append(row)
-    files = [_entry(path, n, kept_of[path], rejected_of[path]) for path, n in rows_read.items()]
-    return {"files": files, "total": _entry("total", rows_read.total(), rows, rejected)}
+    total = FileStatistics(
+        "total",
+        "",
+        *(sum(getattr(file, name) for file in files) for name in ("rows_read", "not_sampled", "duplicates", "leaked")),
+        rejected=sum((file.rejected for file in files), Counter()),
+        lengths=np.concatenate([file.lengths for file in files]),
+        supervised=sum(file.supervised for file in files),
+        truncated=sum(file.truncated for file in files),
+        control_text=sum(file.control_text for file in files),
+        not_rendered=sum((file.not_rendered for file in files), Counter()),
+    )
+    return {"files": [_entry(file) for file in files], "total": _entry(total)}
 
 
-def _entry(path: str, rows_read: int, rows: list[TokenizedRow], rejected: list[Rejected]) -> dict[str, Any]:
-    assert rows_read == len(rows) + len(rejected), f"{path}: rows were lost between reading and tokenising"
-    lengths = [len(row.example.input_ids) for row in rows]
+def _entry(file: FileStatistics) -> dict[str, Any]:
+    kept = len(file.lengths)
+    accounted = kept + file.rejected.total() + file.not_sampled
+    assert file.rows_read == accounted, f"{file.path}: {file.rows_read} rows read, {accounted} accounted for"
     return {
-        "path": path,
-        "format": "messages",
-        "rows_read": rows_read,
-        "kept": len(rows),
-        "rejected": dict(Counter(r.reason for r in rejected).most_common()),
-        "tokens": sum(lengths),
-        "supervised_tokens": sum(row.example.num_supervised for row in rows),
-        "truncated": sum(row.example.is_truncated for row in rows),
-        "control_tokens_in_text": sum(row.example.has_control_text for row in rows),
-        "not_rendered": dict(Counter(name for row in rows for name in row.example.not_rendered)),
-        "length_percentiles": {n: int(np.percentile(lengths, q)) for n, q in PERCENTILES.items()} if lengths else {},
+        "path": file.path,
+        "format": file.format,
+        "rows_read": file.rows_read,
+        "kept": kept,
+        "not_sampled": file.not_sampled,
+        "rejected": dict(file.rejected.most_common()),
+        "duplicates": file.duplicates,
+        "leaked": file.leaked,
+        "tokens": int(file.lengths.sum()),
+        "supervised_tokens": file.supervised,
+        "truncated": file.truncated,
+        "control_tokens_in_text": file.control_text,
+        "not_rendered": dict(file.not_rendered),
+        "length_percentiles": {n: int(np.percentile(file.lengths, q)) for n, q in PERCENTILES.items()} if kept else {},
     }
 
 
-def write_report(report: dict[str, Any], rejected: list[Rejected], directory: Path) -> None:
-    """Writes data_report.json, and rejected.jsonl with every dropped row whole."""
-    directory.mkdir(parents=True, exist_ok=True)
+def add_batches(report: dict[str, Any], lengths: list[np.ndarray], batch_size: int, rows_per_step: int) -> None:
+    """Adds what the chosen batches mean: padding_waste to every entry, steps_per_epoch to the total.
+
+    Args:
+        lengths: int32, tokens of the training rows of each file, as often as an epoch sees them.
+        batch_size: rows that are padded together. rows_per_step: over all ranks and micro-batches.
+    """
+    for entry, some in zip(report["files"], lengths, strict=True):
+        entry["padding_waste"] = padding_waste(some, batch_size)
+    everything = np.concatenate(lengths)
+    report["total"]["padding_waste"] = padding_waste(everything, batch_size)
+    report["total"]["training_rows_per_epoch"] = len(everything)
+    report["total"]["steps_per_epoch"] = math.ceil(len(everything) / rows_per_step)
+
+
+def padding_waste(lengths: np.ndarray, batch_size: int) -> float | None:
+    """Share of a random batch's tokens that is padding, each batch padded to its longest row; None without rows."""
+    if len(lengths) == 0:
+        return None
+    rng = np.random.default_rng(0)
+    padded = 0
+    for _ in range(SHUFFLES):
+        shuffled = rng.permutation(lengths)
+        starts = np.arange(0, len(shuffled), batch_size)
+        longest = -(-np.maximum.reduceat(shuffled, starts) // PADDED_TO) * PADDED_TO
+        sizes = np.diff([*starts, len(shuffled)])
+        padded += int((longest * sizes).sum())
+    return 1 - SHUFFLES * int(lengths.sum()) / padded
+
+
+# ---- writing ------------------------------------------------------------------------------------
+
+
+def write_report(report: dict[str, Any], directory: Path) -> None:
+    """Writes data_report.json."""
     text = json.dumps(report, indent=2, ensure_ascii=False)
     (directory / "data_report.json").write_text(text + "\n", encoding="utf-8")
+
+
+def write_rejected(rejected: Iterable[Rejected], directory: Path) -> None:
+    """Writes rejected.jsonl, with every dropped row whole."""
     with open(directory / "rejected.jsonl", "w", encoding="utf-8") as file:
         for row in rejected:
             file.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
 
 
-def report_table(report: dict[str, Any]) -> str:
-    """The report as a table for people, one line for each file."""
-    header = ("file", "rows", "kept", "dropped", "tokens", "supervised", "p50", "p95", "max", "truncated")
-    lines = [header]
+def report_cells(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The report as a table for people: a header, and a line for each file and for all of them."""
+    names = ("file", "format", "rows", "kept", "dropped", "duplicates", "tokens", "supervised")
+    lines = [(*names, "p50", "p95", "max", "truncated", "padding")]
     files = report["files"]
     for entry in [*files, report["total"]] if len(files) > 1 else files:
-        lengths = entry["length_percentiles"]
+        lengths, waste = entry["length_percentiles"], entry.get("padding_waste")
         lines.append(
             (
                 Path(entry["path"]).name,
+                entry["format"],
                 f"{entry['rows_read']:,}",
                 f"{entry['kept']:,}",
-                f"{entry['rows_read'] - entry['kept']:,}",
+                f"{sum(entry['rejected'].values()):,}",
+                f"{entry['duplicates']:,}",
                 f"{entry['tokens']:,}",
                 f"{entry['supervised_tokens'] / max(entry['tokens'], 1):.0%}",
                 *(f"{lengths[key]:,}" if lengths else "-" for key in ("p50", "p95", "max")),
                 f"{entry['truncated']:,}",
+                "-" if waste is None else f"{waste:.0%}",
             )
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    table = []
-    for name, *numbers in lines:
-        cells = [name.ljust(widths[0]), *(n.rjust(w) for n, w in zip(numbers, widths[1:], strict=True))]
-        table.append("  ".join(cells))
-    dropped = ", ".join(f"{n:,} {reason}" for reason, n in report["total"]["rejected"].items())
+    return lines
+
+
+def report_notes(report: dict[str, Any]) -> list[str]:
+    """What the table can't say, in sentences."""
+    total = report["total"]
+    notes = []
+    dropped = ", ".join(f"{n:,} {reason}" for reason, n in total["rejected"].items())
     if dropped:
-        table.append(f"dropped: {dropped}; see rejected.jsonl")
-    spoofed = report["total"]["control_tokens_in_text"]
-    if spoofed:
-        table.append(f"control tokens stand in the text of {spoofed:,} rows: kept as plain text")
-    for column, count in report["total"]["not_rendered"].items():
-        table.append(f"the chat template never shows {column!r}, which {count:,} rows have: nothing of it is learnt")
-    return "\n".join(table)
+        notes.append(f"dropped: {dropped}; see rejected.jsonl")
+    if total["not_sampled"]:
+        notes.append(f"left out by sampling: {total['not_sampled']:,} rows")
+    if total["duplicates"] and "duplicate" not in total["rejected"]:
+        notes.append(f"{total['duplicates']:,} rows repeat an earlier one: --dedup True drops them")
+    if total["leaked"] and "leaked" not in total["rejected"]:
+        notes.append(
+            f"{total['leaked']:,} training rows have the prompt of an evaluation row, so the evaluation says too much "
+            "good: --drop_leaked True drops them"
+        )
+    if total["control_tokens_in_text"]:
+        notes.append(
+            f"control tokens stand in the text of {total['control_tokens_in_text']:,} rows: kept as plain text"
+        )
+    for column, count in total["not_rendered"].items():
+        notes.append(f"the chat template never shows {column!r}, which {count:,} rows have: nothing of it is learnt")
+    if "steps_per_epoch" in total:
+        notes.append(
+            f"{total['training_rows_per_epoch']:,} training rows, {total['steps_per_epoch']:,} steps an epoch"
+        )
+    return notes
 
 
-def show_row(row: TokenizedRow, tokenizer: PreTrainedTokenizerBase, color: bool | None = None) -> str:
+def report_table(report: dict[str, Any]) -> str:
+    """The report as text."""
+    cells = report_cells(report)
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    lines = []
+    for name, form, *numbers in cells:
+        aligned = [n.rjust(w) for n, w in zip(numbers, widths[2:], strict=True)]
+        lines.append("  ".join([name.ljust(widths[0]), form.ljust(widths[1]), *aligned]))
+    return "\n".join(lines + report_notes(report))
+
+
+# ---- sample rows --------------------------------------------------------------------------------
+
+
+def runs(row: SampleRow, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+    """The text of a row in runs of tokens that are all supervised or all not."""
+    supervised = row.labels != IGNORE_INDEX
+    borders = np.flatnonzero(np.diff(supervised)) + 1
+    parts = zip(np.split(row.input_ids, borders), np.split(supervised, borders), strict=True)
+    return [(tokenizer.decode(ids, clean_up_tokenization_spaces=False), bool(flags[0])) for ids, flags in parts]
+
+
+def show_row(row: SampleRow, tokenizer: PreTrainedTokenizerBase, color: bool | None = None) -> str:
     """The text of a row with what is supervised in green and the rest grey, or between [[ and ]] without colour.
 
     Args:
-        color: None for colour where stdout is a terminal.
+        color: None for colour where stdout is a terminal and NO_COLOR is not set.
     """
-    color = sys.stdout.isatty() if color is None else color
+    color = sys.stdout.isatty() and not os.environ.get("NO_COLOR") if color is None else color
     marks = ((GREY, PLAIN), (GREEN, PLAIN)) if color else (("", ""), ("[[", "]]"))
-    supervised = row.example.labels != IGNORE_INDEX
-    borders = np.flatnonzero(np.diff(supervised)) + 1
     text = ""
-    for ids, is_supervised in zip(
-        np.split(row.example.input_ids, borders), np.split(supervised, borders), strict=True
-    ):
-        before, after = marks[int(is_supervised[0])]
-        text += before + tokenizer.decode(ids, clean_up_tokenization_spaces=False) + after
+    for part, is_supervised in runs(row, tokenizer):
+        before, after = marks[is_supervised]
+        text += before + part + after
     return f"{row.path}:{row.line}\n{text}"

@@ -1,212 +1,110 @@
-"""Many chat files to one tokenised dataset: read, validate, merge, split, tokenise, report.
+"""Many chat files to tokenised datasets: read, validate, choose, tokenise, write, report.
 
-    conversations, rejected, rows_read = load_conversations(find_data_files(["data/"], "data_files"))
-    rows, more_rejected = tokenize_conversations(conversations, ChatFormat(tokenizer), max_length=8192)
+    data = prepare_data(["data/"], None, ChatFormat(tokenizer), cache_dir="cache")       # train_dft.py's way
+    data.train, data.evaluation, data.report
 
-Only token arrays go into the `datasets` library. Per file, rows read = rows kept + rows rejected.
+    rows = [row for row in load_conversations(["chats.jsonl"]) if isinstance(row, Conversation)]
+    dataset, rejected = tokenize_dataset(rows, ChatFormat(tokenizer), max_length=8192)    # in a notebook
+
+Files are read twice: first to validate and to choose, then to tokenise. What is in memory doesn't grow
+with their size but for some 100 bytes a row. Only token arrays go into the `datasets` library. Per
+file, rows read = rows kept + rows rejected + rows not sampled.
 """
 
-import multiprocessing
-import os
+import json
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, Features, List, Value
-from tqdm.auto import tqdm
+from datasets import Dataset
 
-from chat_format import ChatFormat, Example, RowRejected, truncate
-from data_files import Conversation, Rejected, find_data_files, read_rows
-from data_report import TokenizedRow, make_report
+from chat_format import ChatFormat
+from data_cache import CACHE_DIRECTORY, cached, data_key
+from data_files import DataFile, find_data_files, read_rows
+from data_formats import Conversation, Rejected, RowReader, detect_format, parse, read_file
+from data_pipeline import (
+    RowStatistics,
+    TokenSettings,
+    Truncation,
+    pack,
+    places_of,
+    reasons_of,
+    reject_untrainable,
+    stop_on_rejected,
+    survey,
+    table,
+    tokenize_conversations,
+    tokenize_files,
+)
+from data_report import FileStatistics, SampleRow, make_report, write_rejected
+from data_selection import Catalogue, Selection, mix, select
 from dist_logger import UserError, get_logger
+from worker_pool import WorkerPool
 
 logger = get_logger(__name__)
-
-SHOWN_ERRORS = 20
-ROWS_PER_TASK = 64
-FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
 
 
 @dataclass
 class PreparedData:
-    """The rows to train and to evaluate on, and those that are not."""
+    """The tokenised rows to train and to evaluate on, and what became of the others.
 
-    train: list[TokenizedRow]
-    held_out: list[TokenizedRow]  # for evaluation; may be empty
-    rejected: list[Rejected]
+    The columns are input_ids and labels (int32 lists; -100 where nothing is supervised) and, where
+    assistant turns are weighted, loss_weights (float32 lists).
+    """
+
+    train: Dataset
+    evaluation: Dataset | None
+    train_files: np.ndarray  # int32 [rows of train], index into report["files"]
+    lengths: np.ndarray  # int32 [rows of train], tokens
     report: dict[str, Any]  # see data_report.make_report
+    samples: list[SampleRow]  # the first training row of each file
+    directory: Path  # rejected.jsonl is there
 
-    def to_dataset_dict(self) -> DatasetDict:
-        """The tokenised rows as `train` and, where rows are held out, `eval`."""
-        rows = {"train": self.train, "eval": self.held_out}
-        return DatasetDict({name: to_dataset(some) for name, some in rows.items() if some})
+    def training_lengths(self) -> list[np.ndarray]:
+        """The lengths in tokens, int32, of the training rows of each file, as often as an epoch sees them."""
+        return [self.lengths[self.train_files == i] for i in range(len(self.report["files"]))]
 
 
 # ---- reading ------------------------------------------------------------------------------------
 
 
 def load_conversations(
-    paths: list[str], progress: bool = True
-) -> tuple[list[Conversation], list[Rejected], Counter[str]]:
-    """Reads and validates files.
+    paths: Iterable[str], data_format: str = "auto", role_map: dict[str, str] | None = None
+) -> Iterator[Conversation | Rejected]:
+    """Reads and validates files, row by row: conversations, and the rows that are broken or teach nothing.
 
-    Returns:
-        the conversations, in order; the rows that are broken or have nothing to learn; and the number
-        of rows read from each path.
+    Args:
+        data_format: one of data_formats.FORMATS, or auto: told for each file by its columns.
+        role_map: other names of roles, {name: role}.
 
     Raises:
         UserError: a file can't be opened.
     """
-    conversations: list[Conversation] = []
-    rejected: list[Rejected] = []
-    rows_read: Counter[str] = Counter()
-    for path in tqdm(paths, desc="Reading files", unit="file", disable=not progress):
-        try:
-            for row in read_rows(path):
-                rows_read[path] += 1
-                if isinstance(row, Rejected) and row.reason == "rest_of_file_unread":
-                    logger.warning("%s", row)
-                row = reject_untrainable(row)
-                (rejected if isinstance(row, Rejected) else conversations).append(row)
-        except OSError as error:
-            raise UserError(f"{path} can't be read: {error.strerror}") from error
-    return conversations, rejected, rows_read
-
-
-def reject_untrainable(row: Conversation | Rejected) -> Conversation | Rejected:
-    """`row` itself, or its rejection if the assistant says nothing in it."""
-    if isinstance(row, Rejected):
-        return row
-    turns = [m for m in row.messages if m["role"] == "assistant"]
-    if not turns:
-        return reject(row, "no_assistant_turn", "no message of the role assistant")
-    if not any(t["content"].strip() or t.get("tool_calls") or t.get("reasoning_content") for t in turns):
-        return reject(row, "no_assistant_text", "every assistant message is empty")
-    return row
-
-
-def reject(row: Conversation, reason: str, detail: str) -> Rejected:
-    """The rejection of a well-formed row that can't be trained on."""
-    return Rejected(row.path, row.line, reason, detail, row.row, is_malformed=False)
-
-
-def stop_on_rejected(rejected: list[Rejected], data_validation: str) -> None:
-    """Raises UserError with the places of the rows that `data_validation` doesn't allow to drop.
-
-    standard: malformed rows stop. strict: all do. lenient: none does.
-    """
-    if data_validation == "lenient":
-        return
-    bad = [r for r in rejected if r.is_malformed or data_validation == "strict"]
-    if bad:
-        lines = [str(r) for r in bad[:SHOWN_ERRORS]]
-        if len(bad) > SHOWN_ERRORS:
-            lines.append(f"… and {len(bad) - SHOWN_ERRORS} more")
-        by_reason = ", ".join(f"{n} {reason}" for reason, n in Counter(r.reason for r in bad).most_common())
-        raise UserError(
-            f"{len(bad)} rows can't be used ({by_reason}). Mend them, or drop them with --data_validation lenient.\n"
-            + "\n".join(lines)
-        )
+    for path in paths:
+        yield from map(reject_untrainable, read_file(path, data_format, role_map))
 
 
 # ---- tokenising ---------------------------------------------------------------------------------
 
 
-def tokenize_conversations(
-    conversations: list[Conversation],
+def tokenize_dataset(
+    conversations: Iterable[Conversation],
     chat_format: ChatFormat,
-    max_length: int,
-    num_workers: int = 1,
-    progress: bool = True,
-) -> tuple[list[TokenizedRow], list[Rejected]]:
-    """Tokenises, labels and truncates conversations, in at most `num_workers` processes.
-
-    Returns:
-        the rows kept, in order, none longer than `max_length` tokens; and the rows rejected.
-    """
-    chunks = [conversations[i : i + ROWS_PER_TASK] for i in range(0, len(conversations), ROWS_PER_TASK)]
-    num_workers = max(1, min(num_workers, os.cpu_count() or 1, len(chunks)))
-    bar = tqdm(
-        total=len(conversations), desc=f"Tokenising ({num_workers} processes)", unit="row", disable=not progress
-    )
-    kept: list[TokenizedRow] = []
-    rejected: list[Rejected] = []
-
-    # forked workers inherit all they read: nothing but indices and arrays is pickled
-    _SHARED.update(chat_format=chat_format, max_length=max_length, chunks=chunks)
-    fork = multiprocessing.get_context("fork")
-    with bar, ProcessPoolExecutor(num_workers, fork) if num_workers > 1 else nullcontext() as pool:
-        run_all = pool.map if pool else map
-        for chunk, examples in zip(chunks, run_all(_tokenize_chunk, range(len(chunks))), strict=True):
-            for conversation, example in zip(chunk, examples, strict=True):
-                if isinstance(example, Rejected):
-                    rejected.append(example)
-                else:
-                    kept.append(TokenizedRow(conversation.path, conversation.line, example))
-            bar.update(len(chunk))
-    _SHARED.clear()
-    return kept, rejected
+    max_length: int = 8192,
+    truncation: Truncation = "right",
+) -> tuple[Dataset, list[Rejected]]:
+    """A dataset in memory, with the columns of PreparedData, and the rows that are not in it."""
+    rows = list(conversations)
+    results = tokenize_conversations(rows, chat_format, max_length, truncation)
+    tokens = pack(results, [row.line for row in rows])
+    return Dataset(table(tokens, has_weights=tokens.weights is not None)), tokens.rows.rejected
 
 
-_SHARED: dict[str, Any] = {}  # set just before the workers are forked
-
-
-def _tokenize_chunk(index: int) -> list[Example | Rejected]:
-    results: list[Example | Rejected] = []
-    for row in _SHARED["chunks"][index]:
-        try:
-            example = _SHARED["chat_format"].encode(row.messages, row.tools, row.template_kwargs)
-            results.append(truncate(example, _SHARED["max_length"]))
-        except RowRejected as error:
-            results.append(reject(row, error.reason, error.detail))
-        except RecursionError:
-            results.append(reject(row, "nested_too_deeply", "its tools or tool calls are nested too deeply"))
-    return results
-
-
-def to_dataset(rows: list[TokenizedRow]) -> Dataset:
-    """The columns input_ids and labels of the rows, as int32 lists."""
-    columns = {
-        "input_ids": [row.example.input_ids for row in rows],
-        "labels": [row.example.labels for row in rows],
-    }
-    return Dataset.from_dict(columns, features=FEATURES)
-
-
-# ---- merging and splitting ----------------------------------------------------------------------
-
-
-def sample_indices(num_rows: int, size: int, seed: int) -> np.ndarray:
-    """`size` of the indices below `num_rows`, sorted; the same for the same seed."""
-    return np.sort(np.random.default_rng(seed).permutation(num_rows)[:size])
-
-
-def hold_out(
-    rows: list[TokenizedRow], percentage: float, max_rows: int | None, seed: int
-) -> tuple[list[TokenizedRow], list[TokenizedRow]]:
-    """Splits rows into training and evaluation rows, each in their old order.
-
-    Args:
-        percentage: share held out; above 0, at least one row.
-        max_rows: most rows held out, None or 0 for no limit; the others stay in training.
-
-    Raises:
-        UserError: nothing would be left to train on.
-    """
-    if percentage <= 0:
-        return rows, []
-    size = min(max(1, round(len(rows) * percentage / 100)), max_rows or len(rows))
-    if size >= len(rows):
-        raise UserError(
-            f"{len(rows)} rows can't be split into training and evaluation: add data, or "
-            "--validation_split_percentage 0"
-        )
-    chosen = set(sample_indices(len(rows), size, seed).tolist())
-    return [r for i, r in enumerate(rows) if i not in chosen], [rows[i] for i in sorted(chosen)]
+# ---- the whole way ------------------------------------------------------------------------------
 
 
 def prepare_data(
@@ -214,52 +112,227 @@ def prepare_data(
     eval_data_files: list[str] | None,
     chat_format: ChatFormat,
     *,
-    max_length: int,
-    validation_split_percentage: float,
-    max_eval_samples: int | None,
-    data_validation: str,
-    num_workers: int,
-    seed: int,
+    data_format: str = "auto",
+    role_map: dict[str, str] | None = None,
+    data_weights: list[float] | None = None,
+    max_length: int = 8192,
+    truncation: Truncation = "right",
+    dedup: bool = False,
+    drop_leaked: bool = False,
+    validation_split_percentage: float = 5.0,
+    max_eval_samples: int | None = 1000,
+    data_validation: str = "standard",
+    seed: int = 42,
+    num_workers: int = 1,
+    cache_dir: str | Path = CACHE_DIRECTORY,
+    overwrite_cache: bool = False,
     progress: bool = True,
 ) -> PreparedData:
-    """From paths to tokenised training and evaluation rows.
+    """From paths to tokenised training and evaluation rows, kept in a cache.
 
     Args:
-        max_length: in tokens; longer rows lose their end.
-        max_eval_samples: most evaluation rows, None or 0 for no limit.
-        data_validation: what may be dropped, see `stop_on_rejected`.
+        data_files, eval_data_files: see data_files.find_data_files. Without eval_data_files, a share of
+            the training rows is held out.
+        data_format, role_map: see load_conversations.
+        data_weights: one for each entry of data_files: how often its rows are seen in an epoch.
+        max_length: in tokens.
+        truncation: the end that longer rows lose: right or left; drop rejects them, error stops.
+        dedup, drop_leaked, validation_split_percentage, max_eval_samples: see data_selection.select.
+        data_validation: what may be dropped, see data_pipeline.stop_on_rejected.
+        num_workers: processes that read and tokenise, at most one per core.
+        overwrite_cache: prepare the data even if it is in the cache.
 
     Raises:
         UserError: files are missing, rows are refused, or nothing is left to train or evaluate on.
     """
-    train_paths = find_data_files(data_files, "data_files")
-    eval_paths = find_data_files(eval_data_files, "eval_data_files") if eval_data_files else []
-    for path in {Path(p).resolve() for p in train_paths} & {Path(p).resolve() for p in eval_paths}:
-        logger.warning("%s is both training and evaluation data: the evaluation says nothing about new rows", path)
-    paths = list(dict.fromkeys(train_paths + eval_paths))
-    conversations, unread, rows_read = load_conversations(paths, progress)
-    stop_on_rejected(unread, data_validation)
-    rows, untokenized = tokenize_conversations(conversations, chat_format, max_length, num_workers, progress)
-    stop_on_rejected(untokenized, data_validation)
-    rejected = unread + untokenized
-
-    train = _rows_of(train_paths, rows, rejected, "data_files")
-    if eval_paths:
-        held_out = _rows_of(eval_paths, rows, rejected, "eval_data_files")
-        if max_eval_samples and len(held_out) > max_eval_samples:
-            logger.info("Evaluating on %d of %d rows (--max_eval_samples)", max_eval_samples, len(held_out))
-            held_out = [held_out[i] for i in sample_indices(len(held_out), max_eval_samples, seed)]
-    else:
-        train, held_out = hold_out(train, validation_split_percentage, max_eval_samples, seed)
-    return PreparedData(train, held_out, rejected, make_report(rows_read, rows, rejected))
+    directory = prepare_in_cache(**locals())
+    return load_prepared(directory)
 
 
-def _rows_of(paths: list[str], rows: list[TokenizedRow], rejected: list[Rejected], flag: str) -> list[TokenizedRow]:
-    wanted = set(paths)
-    chosen = [row for row in rows if row.path in wanted]
-    if not chosen:
-        reasons = Counter(r.reason for r in rejected if r.path in wanted)
-        why = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
-        first = next((f"\nthe first: {r}" for r in rejected if r.path in wanted), "")
-        raise UserError(f"no row of --{flag} is left: {why or 'the files hold none'}{first}")
-    return chosen
+def prepare_in_cache(
+    data_files: list[str],
+    eval_data_files: list[str] | None,
+    chat_format: ChatFormat,
+    *,
+    num_workers: int,
+    cache_dir: str | Path,
+    overwrite_cache: bool,
+    progress: bool,
+    data_weights: list[float] | None = None,
+    **settings: Any,
+) -> Path:
+    """The directory in the cache that holds what `prepare_data` gives; its arguments."""
+    train = find_data_files(data_files, "data_files", data_weights)
+    held_out = find_data_files(eval_data_files, "eval_data_files") if eval_data_files else []
+    files = _merge_files(train, held_out)
+    sides = [[file.path for file in some] for some in (train, held_out)]
+    template = {"train_on": chat_format.train_on, "mask_thinking": chat_format.mask_thinking}
+    described = {**settings, **template, "files": [vars(file) for file in files], "sides": sides}
+    key = data_key([file.path for file in files], chat_format.tokenizer, described)
+    build = partial(
+        _build,
+        files=files,
+        sides=sides,
+        chat_format=chat_format,
+        num_workers=num_workers,
+        progress=progress,
+        **settings,
+    )
+    return cached(Path(cache_dir).expanduser(), key, build, overwrite_cache)
+
+
+def _merge_files(train: list[DataFile], held_out: list[DataFile]) -> list[DataFile]:
+    """Every file once."""
+    known = {Path(file.path).resolve(): file.path for file in train}
+    files = list(train)
+    for file in held_out:
+        if Path(file.path).resolve() in known:
+            logger.warning(
+                "%s is both training and evaluation data: the evaluation says nothing about new rows", file.path
+            )
+        if file.path not in {f.path for f in files}:
+            files.append(file)
+    return files
+
+
+def _build(
+    directory: Path,
+    *,
+    files: list[DataFile],
+    sides: list[list[str]],
+    chat_format: ChatFormat,
+    data_format: str,
+    role_map: dict[str, str] | None,
+    max_length: int,
+    truncation: Truncation,
+    data_validation: str,
+    seed: int,
+    num_workers: int,
+    progress: bool,
+    **selection_settings: Any,
+) -> None:
+    """Fills a directory with tokens.arrow, rows.npz, report.json and rejected.jsonl."""
+    readers = [
+        RowReader(file.path, detect_format(file.path) if data_format == "auto" else data_format, role_map or {})
+        for file in files
+    ]
+    for reader in readers:
+        logger.info("%s holds rows of the format %s", reader.path, reader.format)
+    train_files, eval_files = ([i for i, file in enumerate(files) if file.path in side] for side in sides)
+    with WorkerPool(num_workers, TokenSettings(chat_format, max_length, truncation)) as pool:
+        rows, rejected = survey(files, readers, pool, progress)
+        stop_on_rejected(rejected, data_validation)
+        chosen = select(rows, train_files, eval_files, seed=seed, **selection_settings)
+        rejected += _dropped(rows, chosen, readers)
+        statistics, written = tokenize_files(
+            rows, chosen.train | chosen.evaluation, readers, pool, directory / "tokens.arrow", progress
+        )
+    untokenized = [row for some in statistics for row in some.rejected]
+    too_long = [row for row in untokenized if row.reason == "too_long"]
+    if too_long and truncation == "error":
+        raise UserError(
+            f"{len(too_long)} rows are longer than --max_length {max_length} tokens (--truncation error):\n"
+            + places_of(too_long)
+        )
+    stop_on_rejected([row for row in untokenized if row.reason != "too_long"], data_validation)
+    rejected += untokenized
+    report = make_report(_file_statistics(rows, chosen, readers, statistics, rejected))
+    train, evaluation = np.flatnonzero(chosen.train[written]), np.flatnonzero(chosen.evaluation[written])
+    _refuse_nothing(train, sides[0], "data_files", rejected)
+    if chosen.evaluation.any():
+        _refuse_nothing(evaluation, sides[1] or sides[0], "eval_data_files", rejected)
+    order = mix(rows.file[written][train], files, seed)
+    np.savez(
+        directory / "rows.npz",
+        train=train if order is None else train[order],
+        evaluation=evaluation,
+        file_index=rows.file[written],
+        line=np.concatenate([some.line for some in statistics]),
+        length=np.concatenate([some.length for some in statistics]),
+    )
+    (directory / "report.json").write_text(json.dumps(report, ensure_ascii=False), encoding="utf-8")
+    write_rejected(rejected, directory)
+
+
+def _dropped(rows: Catalogue, chosen: Selection, readers: list[RowReader]) -> list[Rejected]:
+    """The rows that were asked to be dropped, read once more."""
+    details = {"duplicate": "the same as an earlier row", "leaked": "the prompt of an evaluation row"}
+    dropped: list[Rejected] = []
+    for number, reader in enumerate(readers):
+        reason_of = {
+            int(ordinal): reason
+            for reason, which in chosen.dropped.items()
+            for ordinal in rows.ordinal[which & (rows.file == number)]
+        }
+        for i, raw in enumerate(read_rows(reader.path) if reason_of else ()):
+            if i in reason_of:
+                reason = reason_of[i]
+                text = raw.text or json.dumps(parse(raw), ensure_ascii=False, default=str)
+                dropped.append(Rejected(reader.path, raw.line, reason, details[reason], text, is_malformed=False))
+    return dropped
+
+
+def _file_statistics(
+    rows: Catalogue,
+    chosen: Selection,
+    readers: list[RowReader],
+    statistics: list[RowStatistics],
+    rejected: list[Rejected],
+) -> list[FileStatistics]:
+    reasons: dict[str, Counter[str]] = {reader.path: Counter() for reader in readers}
+    for row in rejected:
+        reasons[row.path][row.reason] += 1
+    unwanted = ~(chosen.train | chosen.evaluation)
+    for which in chosen.dropped.values():
+        unwanted &= ~which
+    return [
+        FileStatistics(
+            path=reader.path,
+            format=reader.format,
+            rows_read=rows.rows_read[i],
+            not_sampled=int((unwanted & (rows.file == i)).sum()),
+            duplicates=int((chosen.duplicate & (rows.file == i)).sum()),
+            leaked=int((chosen.leaked & (rows.file == i)).sum()),
+            rejected=reasons[reader.path],
+            lengths=some.length,
+            supervised=int(some.supervised.sum()),
+            truncated=some.truncated,
+            control_text=some.control_text,
+            not_rendered=some.not_rendered,
+        )
+        for i, (reader, some) in enumerate(zip(readers, statistics, strict=True))
+    ]
+
+
+def _refuse_nothing(left: np.ndarray, paths: list[str], flag: str, rejected: list[Rejected]) -> None:
+    if len(left) == 0:
+        why = [row for row in rejected if row.path in paths]
+        first = f"\nthe first: {why[0]}" if why else ""
+        raise UserError(f"no row of --{flag} is left: {reasons_of(why) or 'the files hold none'}{first}")
+
+
+def load_prepared(directory: Path) -> PreparedData:
+    """What `prepare_in_cache` has written; the tokens stay on the disk."""
+    tokens = Dataset.from_file(str(directory / "tokens.arrow"))
+    report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
+    with np.load(directory / "rows.npz") as arrays:
+        names = ("train", "evaluation", "file_index", "line", "length")
+        train, evaluation, file, line, length = (arrays[name] for name in names)
+    _, first = np.unique(file[train], return_index=True)
+    samples = [
+        SampleRow(
+            report["files"][file[i]]["path"],
+            int(line[i]),
+            *(np.array(tokens[int(i)][c]) for c in tokens.column_names[:2]),
+        )
+        for i in train[np.sort(first)]
+    ]
+    return PreparedData(
+        train=tokens.select(train),
+        evaluation=tokens.select(evaluation) if len(evaluation) else None,
+        train_files=file[train],
+        lengths=length[train],
+        report=report,
+        samples=samples,
+        directory=directory,
+    )

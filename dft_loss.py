@@ -19,11 +19,12 @@ IGNORE_INDEX = -100
 
 @dataclass
 class TokenStatistics:
-    """Per-token results of the model on N supervised tokens, each of shape [N]."""
+    """Per-token results of the model on N supervised tokens, of shape [N] unless they say otherwise."""
 
     nll: Tensor  # -log p of the correct token, float32, with gradient
     p_correct: Tensor  # probability of the correct token, float32, detached
     is_top1: Tensor  # whether the arg-max is the correct token, bool
+    supervised: Tensor  # [B, T], bool: the positions that predict these tokens
 
 
 def shift_labels(labels: Tensor) -> Tensor:
@@ -51,7 +52,7 @@ def token_statistics(logits: Tensor, labels: Tensor) -> TokenStatistics:
     targets = targets[supervised]  # [N]
     nll = torch.logsumexp(rows, dim=-1) - rows.gather(-1, targets[:, None]).squeeze(-1)  # [N]
     with torch.no_grad():
-        return TokenStatistics(nll, torch.exp(-nll), rows.argmax(-1) == targets)
+        return TokenStatistics(nll, torch.exp(-nll), rows.argmax(-1) == targets, supervised)
 
 
 def dft_weight(p_correct: Tensor, alpha: float) -> Tensor:
@@ -59,7 +60,9 @@ def dft_weight(p_correct: Tensor, alpha: float) -> Tensor:
     return (alpha * p_correct + (1.0 - alpha)).detach()
 
 
-def dft_loss_sum(logits: Tensor, labels: Tensor, alpha: float) -> tuple[Tensor, TokenStatistics]:
+def dft_loss_sum(
+    logits: Tensor, labels: Tensor, alpha: float, loss_weights: Tensor | None = None
+) -> tuple[Tensor, TokenStatistics]:
     """The DFT loss of one micro-batch, summed over its tokens and not yet divided by anything.
 
     The caller divides by the number of supervised tokens in the *global* batch (all micro-batches of
@@ -69,9 +72,14 @@ def dft_loss_sum(logits: Tensor, labels: Tensor, alpha: float) -> tuple[Tensor, 
         logits: [B, T, V].
         labels: [B, T], -100 where nothing is supervised; not shifted.
         alpha: share of the confidence in the weight, from 0 (SFT) to 1 (pure DFT).
+        loss_weights: [B, T], aligned with `labels`: what the data say each token's loss is multiplied
+            by; None for 1. The number of tokens to divide by doesn't change with it.
 
     Returns:
         sum of w * nll (scalar, float32) and the statistics of the tokens it sums over.
     """
     tokens = token_statistics(logits, labels)
-    return (dft_weight(tokens.p_correct, alpha) * tokens.nll).sum(), tokens
+    losses = dft_weight(tokens.p_correct, alpha) * tokens.nll  # [N]
+    if loss_weights is not None:
+        losses = losses * torch.roll(loss_weights, -1, dims=-1)[tokens.supervised]
+    return losses.sum(), tokens

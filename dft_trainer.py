@@ -72,7 +72,8 @@ class DFTTrainer(Trainer):
 
     The loss of a step is sum(w * nll) / N with N counted over the whole global batch, so it doesn't
     depend on how the batch is cut into ranks and micro-batches. It works on any dataset with
-    `input_ids` and `labels` (-100 where nothing is supervised).
+    `input_ids` and `labels` (-100 where nothing is supervised). A column `loss_weights` (float) multiplies
+    the loss of each token; ce_loss, p_correct and accuracy are not weighted by it.
 
     Args:
         dft_alpha: 0 for plain SFT to 1 for pure DFT.
@@ -142,6 +143,12 @@ class DFTTrainer(Trainer):
         self._forget_metrics()
         return super().train(*args, **kwargs)
 
+    def _set_signature_columns_if_needed(self) -> None:
+        """Trainer drops the columns that the model's forward doesn't take; the loss takes one more."""
+        super()._set_signature_columns_if_needed()
+        if "loss_weights" not in self._signature_columns:
+            self._signature_columns.append("loss_weights")
+
     # ---- the loss -------------------------------------------------------------------------------
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -164,9 +171,10 @@ class DFTTrainer(Trainer):
             )
         inputs = dict(inputs)
         labels = inputs.pop("labels")
+        loss_weights = inputs.pop("loss_weights", None)
         inputs.pop("skip_logits", None)  # Trainer asks Liger models to skip them in evaluation
         outputs = model(**inputs)
-        loss_sum, tokens = dft_loss_sum(outputs.logits, labels, self.dft_alpha)
+        loss_sum, tokens = dft_loss_sum(outputs.logits, labels, self.dft_alpha, loss_weights)
 
         sums = self._train_sums if model.training else self._eval_sums
         sums.add(

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from accelerate import PartialState
 
 from dist_logger import UserError, rank_and_world_size
 
+T = TypeVar("T")
 USER_ERROR_STATUS = 2
 
 # Preparing data may take hours on one process; the others must not give up
@@ -82,8 +83,8 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def once_per_node(work: Callable[[], None]) -> None:
-    """Runs `work` on the first process of every node; returns on all ranks when it is done everywhere.
+def once_per_node(work: Callable[[], T]) -> T:
+    """What `work` returns, run on the first process of every node; on all ranks when it is done everywhere.
 
     The others wait without a time-out and without touching a device. A UserError on any node is
     raised on every rank.
@@ -92,17 +93,18 @@ def once_per_node(work: Callable[[], None]) -> None:
     group = None
     if state.num_processes > 1:
         group = dist.new_group(backend="gloo", timeout=PATIENCE)
-    error = None
+    outcome: tuple[str | None, T | None] = (None, None)  # error, result
     if state.is_local_main_process:
         try:
-            work()
+            outcome = (None, work())
         except UserError as caught:
-            error = str(caught)
-    errors = [error]
+            outcome = (str(caught), None)
+    outcomes = [outcome]
     if group is not None:
-        errors = [None] * state.num_processes
-        dist.all_gather_object(errors, error, group=group)
+        outcomes = [outcome] * state.num_processes
+        dist.all_gather_object(outcomes, outcome, group=group)
         dist.destroy_process_group(group)
-    for error in errors:
+    for error, _ in outcomes:
         if error is not None:
             raise UserError(error)
+    return outcomes[state.process_index - state.local_process_index][1]

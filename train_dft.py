@@ -15,12 +15,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from datasets import DatasetDict, load_from_disk
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    DataCollatorForSeq2Seq,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -29,10 +27,13 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import is_flash_attn_2_available
 
 from arguments import DataArguments, DFTTrainingArguments, ModelArguments
+from batching import PaddingCollator
 from chat_format import ChatFormat, load_chat_template
 from command_line import parse_args
-from data_report import report_table, show_row, write_report
-from data_utils import PreparedData, prepare_data
+from data_cache import CACHE_DIRECTORY
+from data_page import write_page
+from data_report import add_batches, report_table, show_row, write_report
+from data_utils import PreparedData, load_prepared, prepare_in_cache
 from dft_trainer import DFTTrainer
 from dist_logger import UserError, get_logger, quiet_libraries, setup_logging
 from process_group import once_per_node, program
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(model_args, data_args)
     config = load_config(model_args, tokenizer)
     attention = choose_attention(model_args, args, config)
-    datasets = load_data(data_args, args, tokenizer)
+    data = load_data(data_args, args, tokenizer)
     if data_args.dry_run:
         return
     args.report_to = start_trackers(args)
@@ -64,9 +65,9 @@ def main(argv: list[str] | None = None) -> None:
         args,
         dft_alpha=dft_args.alpha,
         log_metrics_steps=logging_args.log_metrics_steps,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8),
-        train_dataset=datasets["train"],
-        eval_dataset=datasets.get("eval"),
+        data_collator=PaddingCollator(tokenizer),
+        train_dataset=data.train,
+        eval_dataset=data.evaluation,
         processing_class=tokenizer,
         callbacks=[TrainLog(args.output_dir)],
     )
@@ -159,60 +160,61 @@ def load_tokenizer(model_args: ModelArguments, data_args: DataArguments) -> PreT
 
 def load_data(
     data_args: DataArguments, args: DFTTrainingArguments, tokenizer: PreTrainedTokenizerBase
-) -> DatasetDict | None:
-    """The training and evaluation rows, tokenised by one process of each node and read by all of them.
-
-    None after a dry run.
-    """
-    chat_format = ChatFormat(tokenizer)
+) -> PreparedData:
+    """The training and evaluation rows, tokenised by one process of each node and read by all of them."""
+    chat_format = ChatFormat(tokenizer, data_args.train_on, data_args.mask_thinking)
     logger.info("Assistant turns are found by: %s", chat_format.method)
-    directory = tokenized_directory(args)
-    once_per_node(partial(prepare_on_disk, directory, chat_format, data_args, args))
-    return None if data_args.dry_run else load_from_disk(directory)
-
-
-def tokenized_directory(args: DFTTrainingArguments) -> Path:
-    """Where this node's tokenised rows are kept during the run."""
-    return Path(args.output_dir) / "tokenized" / f"node-of-rank-{args.process_index - args.local_process_index}"
-
-
-def prepare_on_disk(
-    directory: Path, chat_format: ChatFormat, data_args: DataArguments, args: DFTTrainingArguments
-) -> None:
-    """Prepares the data, says what became of it, and writes the tokenised rows to `directory`."""
     is_main = args.process_index == 0
-    data = prepare_data(
+    prepare = partial(
+        prepare_in_cache,
         data_args.data_files,
         data_args.eval_data_files,
         chat_format,
+        data_format=data_args.data_format,
+        role_map=data_args.roles,
+        data_weights=data_args.data_weights,
         max_length=data_args.max_length,
+        truncation=data_args.truncation,
+        dedup=data_args.dedup,
+        drop_leaked=data_args.drop_leaked,
         validation_split_percentage=data_args.validation_split_percentage,
         max_eval_samples=data_args.max_eval_samples,
         data_validation=data_args.data_validation,
-        num_workers=data_args.preprocessing_num_workers,
         seed=args.seed,
+        num_workers=data_args.preprocessing_num_workers,
+        cache_dir=data_args.data_cache_dir or CACHE_DIRECTORY,
+        overwrite_cache=data_args.overwrite_cache,
         progress=is_main and not args.disable_tqdm,
     )
+    data = load_prepared(once_per_node(prepare))
     if is_main:
-        write_report(data.report, data.rejected, Path(args.output_dir))
-        show_data(data, data_args, chat_format.tokenizer)
-    if not data_args.dry_run:
-        shutil.rmtree(directory, ignore_errors=True)
-        data.to_dataset_dict().save_to_disk(directory)
+        show_data(data, data_args, args, tokenizer)
+    return data
 
 
-def show_data(data: PreparedData, data_args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Logs what became of the data; shows a sample row of each file in a dry run, or logs it for debugging."""
-    logger.info("Data: %d training and %d evaluation rows", len(data.train), len(data.held_out))
+def show_data(
+    data: PreparedData, data_args: DataArguments, args: DFTTrainingArguments, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Writes and logs what became of the data; shows a sample row of each file in a dry run or for debugging."""
+    out = Path(args.output_dir)
+    batch_size = args.per_device_train_batch_size
+    rows_per_step = batch_size * args.gradient_accumulation_steps * args.world_size
+    add_batches(data.report, data.training_lengths(), batch_size, rows_per_step)
+    write_report(data.report, out)
+    shutil.copyfile(data.directory / "rejected.jsonl", out / "rejected.jsonl")
+    write_page(data, tokenizer, out / "data_report.html")
+    num_evaluation = len(data.evaluation) if data.evaluation is not None else 0
+    logger.info("Data: %d training and %d evaluation rows", len(data.train), num_evaluation)
     for line in report_table(data.report).splitlines():
         logger.info(line)
-    for row in {row.path: row for row in reversed(data.train)}.values():
+    for row in data.samples:
         if data_args.dry_run:
             print(show_row(row, tokenizer), end="\n\n")
         elif data_args.debug_data_processing:
             logger.debug("sample row %r", show_row(row, tokenizer, color=False))
-    for row in data.rejected:
-        logger.debug("dropped %s", row)
+    if data_args.debug_data_processing:
+        for line in (out / "rejected.jsonl").read_text(encoding="utf-8").splitlines():
+            logger.debug("dropped %s", line)
 
 
 def load_config(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
@@ -310,9 +312,6 @@ def save(trainer: DFTTrainer, metrics: dict[str, float]) -> None:
         # the final model holds no pickle; keys and tokens are left out of the JSON
         (Path(args.output_dir) / "training_args.bin").unlink(missing_ok=True)
         (Path(args.output_dir) / "training_args.json").write_text(args.to_json_string() + "\n", encoding="utf-8")
-    once_per_node(partial(shutil.rmtree, tokenized_directory(args), ignore_errors=True))
-    if args.process_index == 0:
-        shutil.rmtree(tokenized_directory(args).parent, ignore_errors=True)
 
 
 if __name__ == "__main__":

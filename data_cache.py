@@ -1,0 +1,89 @@
+"""Work that is kept under the name of what it was made from: done once, whole or not at all."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from datasets.config import HF_DATASETS_CACHE
+from filelock import FileLock
+from transformers import PreTrainedTokenizerBase
+
+from dist_logger import UserError, get_logger
+
+logger = get_logger(__name__)
+
+CACHE_DIRECTORY = Path(HF_DATASETS_CACHE) / "dft"
+
+# what decides how text becomes tokens and labels, besides the settings
+CODE = (
+    "chat_format.py",
+    "data_files.py",
+    "data_formats.py",
+    "data_selection.py",
+    "data_utils.py",
+    "template_turns.py",
+    "text_encoder.py",
+)
+PACKAGES = ("transformers", "tokenizers", "jinja2", "pyarrow", "datasets")
+
+
+def data_key(paths: Iterable[str], tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]) -> str:
+    """32 hexadecimal digits for the content of the files, the tokenizer and its template, the settings, the code."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for part in (
+        json.dumps(settings, sort_keys=True),
+        tokenizer.backend_tokenizer.to_str(),
+        json.dumps([tokenizer.chat_template, tokenizer.special_tokens_map], default=str),
+        *(f"{name} {version(name)}" for name in PACKAGES),
+        *((here / name).read_text(encoding="utf-8") for name in CODE),
+        *(f"{path} {_content(path)}" for path in paths),
+    ):
+        digest.update(hashlib.sha256(part.encode()).digest())
+    return digest.hexdigest()[:32]
+
+
+def _content(path: str) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}") from error
+
+
+def cached(directory: Path, key: str, build: Callable[[Path], None], overwrite: bool = False) -> Path:
+    """The directory that `build` fills, made if it isn't there yet.
+
+    Of several processes that want the same at once, one builds and the others wait. What a killed one
+    left is thrown away: the directory gets its name when it is whole.
+
+    Raises:
+        UserError: the directory can't be written to; or by `build`.
+    """
+    target = directory / key
+    unfinished = directory / f"{key}.unfinished"
+    lock = FileLock(directory / f"{key}.lock")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise UserError(f"--data_cache_dir {directory} can't be written to: {error.strerror}") from error
+    try:
+        if overwrite:
+            shutil.rmtree(target, ignore_errors=True)
+        if target.is_dir():
+            logger.info("Tokenised data from the cache: %s", target)
+            return target
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        build(unfinished)
+        unfinished.rename(target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        lock.release()
+    logger.info("Tokenised data kept in %s", target)
+    return target

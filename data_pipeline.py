@@ -1,0 +1,304 @@
+"""The steps from files to token arrays, in a few processes: survey, tokenise, write."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow
+from datasets import Features, List, Value
+from tqdm.auto import tqdm
+
+from chat_format import ChatFormat, Example, RowRejected, truncate
+from data_files import DataFile, RawRow, read_rows
+from data_formats import Conversation, Rejected, RowReader
+from data_selection import Catalogue, digests
+from dist_logger import UserError
+from worker_pool import WorkerPool
+
+SHOWN_ERRORS = 20
+ROWS_PER_TASK = 128
+CHARACTERS_PER_TASK = 1 << 20
+TOKENS = {"input_ids": List(Value("int32")), "labels": List(Value("int32"))}
+WEIGHTS = {"loss_weights": List(Value("float32"))}
+Truncation = Literal["right", "left", "drop", "error"]
+
+
+@dataclass(frozen=True)
+class TokenSettings:
+    """How rows become tokens; what the processes share."""
+
+    chat_format: ChatFormat
+    max_length: int
+    truncation: Truncation
+
+
+# ---- refusing -----------------------------------------------------------------------------------
+
+
+def reject_untrainable(row: Conversation | Rejected) -> Conversation | Rejected:
+    """`row` itself, or its rejection if the assistant says nothing in it."""
+    if isinstance(row, Rejected):
+        return row
+    turns = [m for m in row.messages if m["role"] == "assistant"]
+    if not turns:
+        return reject(row, "no_assistant_turn", "no message of the role assistant")
+    if not any(t["content"].strip() or t.get("tool_calls") or t.get("reasoning_content") for t in turns):
+        return reject(row, "no_assistant_text", "every assistant message is empty")
+    return row
+
+
+def reject(row: Conversation, reason: str, detail: str) -> Rejected:
+    """The rejection of a well-formed row that can't be trained on."""
+    return Rejected(row.path, row.line, reason, detail, row.row, is_malformed=False)
+
+
+def stop_on_rejected(rejected: list[Rejected], data_validation: str) -> None:
+    """Raises UserError with the places of the rows that `data_validation` doesn't allow to drop.
+
+    standard: malformed rows stop. strict: all do, but for those that were asked to be dropped. lenient: none does.
+    """
+    if data_validation == "lenient":
+        return
+    bad = [r for r in rejected if r.is_malformed or data_validation == "strict"]
+    if bad:
+        raise UserError(
+            f"{len(bad)} rows can't be used ({reasons_of(bad)}). Mend them, or drop them with --data_validation "
+            f"lenient.\n{places_of(bad)}"
+        )
+
+
+def reasons_of(rejected: list[Rejected]) -> str:
+    """How many rows were rejected for each reason."""
+    return ", ".join(f"{n} {reason}" for reason, n in Counter(r.reason for r in rejected).most_common())
+
+
+def places_of(rejected: list[Rejected]) -> str:
+    """The places of the first rows, a line each."""
+    lines = [str(r) for r in rejected[:SHOWN_ERRORS]]
+    if len(rejected) > SHOWN_ERRORS:
+        lines.append(f"… and {len(rejected) - SHOWN_ERRORS} more")
+    return "\n".join(lines)
+
+
+# ---- reading ------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Surveyed:
+    """What the first reading finds in some rows of one file."""
+
+    num_rows: int
+    valid: list[int]  # places among them
+    content: list[int]  # digests of the valid rows
+    prompt: list[int]
+    rejected: list[Rejected]
+    has_weights: bool
+
+
+def _survey(_: TokenSettings, reader: RowReader, raw: list[RawRow]) -> _Surveyed:
+    result = _Surveyed(len(raw), [], [], [], [], False)
+    for i, row in enumerate(map(reject_untrainable, map(reader.read, raw))):
+        if isinstance(row, Rejected):
+            result.rejected.append(row)
+            continue
+        content, prompt = digests(row)
+        result.valid.append(i)
+        result.content.append(content)
+        result.prompt.append(prompt)
+        result.has_weights |= any(m.get("weight", 1.0) not in (0.0, 1.0) for m in row.messages)
+    return result
+
+
+def portions(reader: RowReader, wanted: np.ndarray | None = None) -> Iterator[tuple[RowReader, list[RawRow]]]:
+    """The rows of a file, or those at the places `wanted` (bool), in portions for one task."""
+    rows: list[RawRow] = []
+    characters = 0
+    for i, row in enumerate(read_rows(reader.path)):
+        if wanted is not None and (i >= len(wanted) or not wanted[i]):
+            continue
+        rows.append(row)
+        characters += len(row.text)
+        if len(rows) >= ROWS_PER_TASK or characters >= CHARACTERS_PER_TASK:
+            yield reader, rows
+            rows, characters = [], 0
+    if rows:
+        yield reader, rows
+
+
+def survey(
+    files: list[DataFile], readers: list[RowReader], pool: WorkerPool, progress: bool
+) -> tuple[Catalogue, list[Rejected]]:
+    """Reads and validates all files; returns their valid rows and the others."""
+    file, ordinal, content, prompt = [], [], [], []
+    rejected: list[Rejected] = []
+    rows_read = [0] * len(files)
+    has_weights = False
+    index_of = {reader.path: i for i, reader in enumerate(readers)}
+    tasks = (task for reader in readers for task in portions(reader))
+    with tqdm(desc=f"Reading {len(files)} files", unit="row", disable=not progress) as bar:
+        for (reader, _), found in pool.map(_survey, tasks):
+            index = index_of[reader.path]
+            file.append(np.full(len(found.valid), index, dtype=np.int32))
+            ordinal.append(np.array(found.valid, dtype=np.int64) + rows_read[index])
+            content.append(np.array(found.content, dtype=np.uint64))
+            prompt.append(np.array(found.prompt, dtype=np.uint64))
+            rejected += found.rejected
+            rows_read[index] += found.num_rows
+            has_weights |= found.has_weights
+            bar.update(found.num_rows)
+    columns = (np.concatenate(column) for column in (file, ordinal, content, prompt))
+    return Catalogue(files, *columns, rows_read=rows_read, has_weights=has_weights), rejected
+
+
+# ---- tokenising ---------------------------------------------------------------------------------
+
+
+@dataclass
+class RowStatistics:
+    """What became of some rows of one file: [K] rows are kept."""
+
+    length: np.ndarray  # int32 [K], tokens
+    supervised: np.ndarray  # int32 [K], tokens
+    line: np.ndarray  # int64 [K]
+    truncated: int  # rows
+    control_text: int  # rows with control tokens in their own text
+    not_rendered: Counter[str]  # column -> rows whose chat template never shows it
+    rejected: list[Rejected]
+
+
+@dataclass
+class Tokenized:
+    """The kept rows as arrays of all their tokens, [S]."""
+
+    input_ids: np.ndarray  # int32 [S]
+    labels: np.ndarray  # int32 [S]
+    weights: np.ndarray | None  # float32 [S]; None: 1 everywhere
+    place: np.ndarray  # int64 [K], of the kept rows among those that were given
+    rows: RowStatistics
+
+
+def tokenize_conversations(
+    conversations: list[Conversation], chat_format: ChatFormat, max_length: int, truncation: Truncation = "right"
+) -> list[Example | Rejected]:
+    """Tokenises, labels and truncates conversations; for each, its tokens or why it has none.
+
+    Args:
+        max_length: in tokens.
+        truncation: what longer rows lose; with error they are rejected as too_long, as with drop.
+    """
+    results: list[Example | Rejected] = []
+    encoded = chat_format.encode_batch([(row.messages, row.tools, row.template_kwargs) for row in conversations])
+    for row, example in zip(conversations, encoded, strict=True):
+        try:
+            if isinstance(example, RowRejected):
+                raise example
+            results.append(truncate(example, max_length, "drop" if truncation == "error" else truncation))
+        except RowRejected as error:
+            results.append(reject(row, error.reason, error.detail))
+    return results
+
+
+def _tokenize(settings: TokenSettings, reader: RowReader, raw: list[RawRow]) -> Tokenized:
+    rows = [reader.read(row) for row in raw]
+    if any(isinstance(row, Rejected) for row in rows):
+        raise UserError(f"{reader.path} was changed while it was being read")
+    results = tokenize_conversations(rows, settings.chat_format, settings.max_length, settings.truncation)
+    lines = [row.line for row in rows]
+    return pack(results, lines)
+
+
+def pack(results: list[Example | Rejected], lines: list[int]) -> Tokenized:
+    """Examples, and the lines that they come from, as arrays."""
+    places = [i for i, row in enumerate(results) if isinstance(row, Example)]
+    examples = [results[i] for i in places]
+    weights = None
+    if any(row.weights is not None for row in examples):
+        weights = _concatenate(
+            [np.ones(len(row.labels), np.float32) if row.weights is None else row.weights for row in examples]
+        )
+    statistics = RowStatistics(
+        length=np.array([len(row.input_ids) for row in examples], dtype=np.int32),
+        supervised=np.array([row.num_supervised for row in examples], dtype=np.int32),
+        line=np.array([lines[i] for i in places], dtype=np.int64),
+        truncated=sum(row.is_truncated for row in examples),
+        control_text=sum(row.has_control_text for row in examples),
+        not_rendered=Counter(name for row in examples for name in row.not_rendered),
+        rejected=[row for row in results if isinstance(row, Rejected)],
+    )
+    return Tokenized(
+        input_ids=_concatenate([row.input_ids for row in examples]),
+        labels=_concatenate([row.labels for row in examples]),
+        weights=weights,
+        place=np.array(places, dtype=np.int64),
+        rows=statistics,
+    )
+
+
+def _concatenate(arrays: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int32)
+
+
+def tokenize_files(
+    catalogue: Catalogue, chosen: np.ndarray, readers: list[RowReader], pool: WorkerPool, path: Path, progress: bool
+) -> tuple[list[RowStatistics], np.ndarray]:
+    """Tokenises the rows `chosen` (bool [R]) of a catalogue and writes them to an Arrow file.
+
+    Returns:
+        for each file, what became of its rows; and the catalogue's index of every
+        row written, int64.
+    """
+    of_file: list[list[RowStatistics]] = [[] for _ in readers]
+    written: list[np.ndarray] = []
+    schema = features(catalogue.has_weights).arrow_schema
+    bar = tqdm(
+        total=int(chosen.sum()), desc=f"Tokenising ({pool.num_workers} processes)", unit="row", disable=not progress
+    )
+    with bar, pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, schema) as stream:
+        for number, reader in enumerate(readers):
+            rows = np.flatnonzero(chosen & (catalogue.file == number))
+            wanted = np.zeros(catalogue.rows_read[number], dtype=bool)
+            wanted[catalogue.ordinal[rows]] = True
+            done = 0
+            for (_, raw), result in pool.map(_tokenize, portions(reader, wanted) if len(rows) else ()):
+                stream.write_table(table(result, catalogue.has_weights))
+                written.append(rows[done + result.place])
+                done += len(raw)
+                of_file[number].append(result.rows)
+                bar.update(len(raw))
+            if done != len(rows):
+                raise UserError(f"{reader.path} was changed while it was being read")
+    return [merge(parts) for parts in of_file], np.concatenate(written) if written else np.zeros(0, np.int64)
+
+
+def merge(parts: list[RowStatistics]) -> RowStatistics:
+    """Several parts as one."""
+    return RowStatistics(
+        length=_concatenate([part.length for part in parts]),
+        supervised=_concatenate([part.supervised for part in parts]),
+        line=_concatenate([part.line for part in parts]),
+        truncated=sum(part.truncated for part in parts),
+        control_text=sum(part.control_text for part in parts),
+        not_rendered=sum((part.not_rendered for part in parts), Counter()),
+        rejected=[row for part in parts for row in part.rejected],
+    )
+
+
+def features(has_weights: bool) -> Features:
+    """The columns of a tokenised dataset."""
+    return Features({**TOKENS, **(WEIGHTS if has_weights else {})})
+
+
+def table(rows: Tokenized, has_weights: bool) -> pyarrow.Table:
+    """Rows as an Arrow table with the columns of `features`."""
+    offsets = pyarrow.array(np.concatenate([[0], np.cumsum(rows.rows.length)]), pyarrow.int32())
+    columns = [rows.input_ids, rows.labels]
+    if has_weights:
+        columns.append(np.ones(len(rows.labels), np.float32) if rows.weights is None else rows.weights)
+    schema = features(has_weights).arrow_schema
+    arrays = [
+        pyarrow.ListArray.from_arrays(offsets, column).cast(f.type) for column, f in zip(columns, schema, strict=True)
+    ]
+    return pyarrow.Table.from_arrays(arrays, schema=schema)
