@@ -17,7 +17,7 @@ private-use characters before rendering, so they can be neither a turn's border 
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ from dft_loss import IGNORE_INDEX
 from dist_logger import UserError, get_logger
 from template_turns import Span, TurnFinder, TurnNotFound
 from text_encoder import MARK_END, MARK_START, MARKS, TextEncoder, one_of
+from training_row import Example, RowRejected
 
 logger = get_logger(__name__)
 
@@ -74,32 +75,6 @@ BUILT_IN_TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- 'HEADERassistant\\n' }}{%- endif %}
 """
-
-
-class RowRejected(Exception):
-    """A row that can't be trained on: a short reason to count by, and a detail for people."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
-
-
-@dataclass
-class Example:
-    """One row ready to train on. input_ids and labels int32 [T]; labels -100 where nothing is supervised."""
-
-    input_ids: np.ndarray
-    labels: np.ndarray
-    weights: np.ndarray | None = None  # float32 [T], what a token's loss is multiplied by; None: 1 everywhere
-    has_control_text: bool = False  # control tokens stand in the conversation's own text
-    not_rendered: tuple[str, ...] = ()  # columns that the conversation has and the chat template never shows
-    is_truncated: bool = False
-
-    @property
-    def num_supervised(self) -> int:
-        """Tokens that the loss scores; the first token of a row is never predicted."""
-        return int((self.labels[1:] != IGNORE_INDEX).sum())
 
 
 @dataclass
@@ -158,7 +133,7 @@ class ChatFormat:
             raise UserError("the tokenizer has several chat templates: choose one with --chat_template FILE")
         elif GENERATION_TAG.search(tokenizer.chat_template):
             self.method = "generation tags"
-        elif "<|im_start|>" in tokenizer.chat_template and "<|im_end|>" in tokenizer.chat_template:
+        elif self._is_chatml():
             self.method = "ChatML scan"
         else:
             self.method = "anchors"
@@ -183,6 +158,17 @@ class ChatFormat:
             raise UserError("the tokenizer has neither a chat template nor an end token: give --chat_template FILE")
         logger.warning("The tokenizer has no chat template: using the built-in ChatML one, turns end with %s", end)
         return BUILT_IN_TEMPLATE.replace("HEADER", "<|im_start|>").replace("END", end)
+
+    def _is_chatml(self) -> bool:
+        """Whether an answer is rendered as a ChatML turn."""
+        template = self.tokenizer.chat_template
+        if "<|im_start|>" not in template or "<|im_end|>" not in template:
+            return False
+        try:
+            question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
+            return CHATML_TURN.search(self._render_text([question, answer], None, None)) is not None
+        except (jinja2.TemplateError, TypeError, KeyError, AttributeError):
+            return True
 
     # ---- rendering ------------------------------------------------------------------------------
 
@@ -409,31 +395,3 @@ def _call_with_arguments(call: dict, as_text: bool) -> dict:
             arguments = parsed
     function = {**function, "arguments": arguments} if "arguments" in function else function
     return {**call, "function": function} if "function" in call else function
-
-
-def truncate(example: Example, max_length: int, side: Literal["right", "left", "drop"] = "right") -> Example:
-    """A row of at most `max_length` tokens.
-
-    Args:
-        side: the end that a longer row loses. right: a turn cut there keeps its tokens and gets no
-            end-of-turn token. drop: longer rows are rejected.
-
-    Raises:
-        RowRejected: no supervised token is left, or the row is too long and `side` is drop.
-    """
-    length = len(example.input_ids)
-    if length > max_length:
-        if side == "drop":
-            raise RowRejected("too_long", f"{length} tokens, more than --max_length {max_length}")
-        kept = slice(max_length) if side == "right" else slice(length - max_length, None)
-        weights = None if example.weights is None else example.weights[kept]
-        example = replace(
-            example,
-            input_ids=example.input_ids[kept],
-            labels=example.labels[kept],
-            weights=weights,
-            is_truncated=True,
-        )
-    if example.num_supervised == 0:
-        raise RowRejected("nothing_left_after_truncation", f"no assistant token within --max_length {max_length}")
-    return example

@@ -27,6 +27,7 @@ CODE = (
     "data_utils.py",
     "template_turns.py",
     "text_encoder.py",
+    "training_row.py",
 )
 PACKAGES = ("transformers", "tokenizers", "jinja2", "pyarrow", "datasets")
 

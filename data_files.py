@@ -352,7 +352,9 @@ def json_problem(error: Exception) -> str:
 
 def _parquet_rows(path: str) -> Iterator[RawRow]:
     line = 0
-    with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+    # pre_buffer reads whole row groups
+    options = {"buffer_size": CHUNK, "pre_buffer": False, "page_checksum_verification": True}
+    with pyarrow.parquet.ParquetFile(path, **options) as file:
         names = file.schema_arrow.names
         if len(set(names)) < len(names):
             raise ValueError(f"two columns have the same name: {', '.join(names)}")

@@ -11,11 +11,12 @@ import pyarrow
 from datasets import Features, List, Value
 from tqdm.auto import tqdm
 
-from chat_format import ChatFormat, Example, RowRejected, truncate
+from chat_format import ChatFormat
 from data_files import DataFile, RawRow, read_rows
 from data_formats import Conversation, Rejected, RowReader
 from data_selection import Catalogue, digests
 from dist_logger import UserError
+from training_row import Example, RowRejected, truncate
 from worker_pool import WorkerPool
 
 SHOWN_ERRORS = 20

@@ -18,7 +18,7 @@ from typing import Any
 import jinja2
 
 ANCHOR_NUMBER, ANCHOR_START, ANCHOR_END = "\ue0f2", "\ue0f3", "\ue0f4"  # NUMBER 3 START text END
-ANCHOR = re.compile(f"{ANCHOR_NUMBER}(\\d+){ANCHOR_START}|{ANCHOR_END}")
+ANCHOR = re.compile(f"{ANCHOR_NUMBER}(\\d+):(\\w+){ANCHOR_START}|{ANCHOR_END}")
 THINKING_TAG = re.compile(r"(</?think>)")
 WORD = re.compile(r"\S(?:.*\S)?", re.DOTALL)
 PROBE_TOOL = {"type": "function", "function": {"name": "probe_tool", "description": "d", "parameters": {}}}
@@ -33,9 +33,13 @@ class TurnNotFound(ValueError):
 
 @dataclass
 class _Anchor:
-    """Where one text of message `number` stands in the render."""
+    """Where one text of message `number` stands in the render.
+
+    `part` is "content", "reasoning", or of a tool call: its index, with "name" before it if its name is anchored.
+    """
 
     number: int
+    part: str
     start: int
     end: int
 
@@ -57,6 +61,7 @@ class TurnFinder:
         self.openers: list[str] = []  # with what tool calls and thinking begin
         self.plain_ends: set[str] = set()  # the tokens that end plain turns
         self.inside: set[str] = set()  # control tokens inside turns
+        self.begin = ""  # what a plain turn follows, where the template has no generation prompt
         self._learn()
 
     # ---- what the template is like --------------------------------------------------------------
@@ -81,7 +86,7 @@ class TurnFinder:
         thinking = {**answer, "reasoning_content": "reasons"}
         call = {"role": "assistant", "content": "", "tool_calls": [PROBE_CALL]}
         result = {"role": "tool", "content": "result", "name": "probe_tool", "tool_call_id": PROBE_CALL["id"]}
-        for anchors, text in self._probe([question, answer, question, answer], None):
+        for anchors, text in self._probe([question, answer, {**question, "content": "other"}, answer], None):
             for number in (1, 3):  # in the middle and at the end
                 position = max((a.end for a in anchors if a.number == number), default=len(text))
                 end = self.control.search(text, position, self._next(anchors, number, text))
@@ -91,6 +96,8 @@ class TurnFinder:
             return
         anchors, text = plain
         begin = text[anchors[0].end : anchors[1].start].rstrip(" ")  # of a plain turn, after the question
+        tokens = list(self.control.finditer(begin))
+        self.begin = begin[tokens[-1].start() :] if tokens else begin
         for messages, tools in (([question, thinking], None), ([question, call, result, answer], [PROBE_TOOL])):
             for anchors, text in self._probe(messages, tools):
                 turn = [a for a in anchors if a.number == 1]
@@ -132,36 +139,46 @@ class TurnFinder:
             turn = [a for a in anchors if a.number == number]
             if not turn:
                 raise TurnNotFound(f"the template doesn't show message {number}, an assistant turn")
-            if _is_anchored_by_name(message):  # a template may repeat the name beside the tool's result
-                turn = turn[:1]
+            turn = _without_repeated_names(turn)
+            shown = {a.part.removeprefix("name") for a in turn}
+            if any(str(i) not in shown for i in range(len(message.get("tool_calls") or []))):
+                raise TurnNotFound(f"the template doesn't show every tool call of message {number}")
             first, last = anchors.index(turn[0]), anchors.index(turn[-1])
             if any(a.number != number for a in anchors[first : last + 1]):
                 raise TurnNotFound(f"the text of message {number} is shown in several places")
-            before = max([a.end for a in anchors[:first]] + [span[1] for span in spans], default=0)
-            start = self._start_of_turn(text, before, turn[0].start, message)
+            start = self._start_of_turn(text, anchors[first - 1].end if first else 0, turn[0])
             limit = anchors[last + 1].start if last + 1 < len(anchors) else len(text)
             end = self._end_of_turn(text, turn[-1].end, limit)
             if end is None:
-                if limit < len(text) or text[turn[-1].end :].strip() or self.eos_token is None:
+                if number + 1 < len(messages) or self.eos_token is None:
                     raise TurnNotFound(f"no end-of-turn token follows message {number}")
-                text = text.rstrip() if turn[-1].end <= len(text.rstrip()) else text[: turn[-1].end]
+                rest = text[turn[-1].end :]
+                if rest.strip() and rest != self._rest_before_question(messages, tools, template_kwargs):
+                    raise TurnNotFound(f"no end-of-turn token follows message {number}")
                 text += self.eos_token
                 end = len(text)
             spans.append((start, end))
         return text, spans
 
-    def _start_of_turn(self, text: str, before: int, anchor: int, message: dict) -> int:
-        leading = text[before:anchor]
-        if self.header and self.header in leading:
-            return before + leading.rindex(self.header) + len(self.header)
+    def _start_of_turn(self, text: str, before: int, anchor: _Anchor) -> int:
+        leading = text[before : anchor.start]
+        for header in filter(None, (self.header, self.begin)):
+            if header in leading:  # a turn of several parts repeats its header: the first is the turn's
+                return before + leading.index(header) + len(header)
         found = [leading.index(opener) for opener in self.openers if opener in leading]
-        if found:
-            return before + min(found)
-        if message.get("tool_calls") or message.get("reasoning_content"):
+        if not found and anchor.part != "content":
             raise TurnNotFound("the template has no header before a tool call or a thinking block")
-        if "<think>" in (message.get("content") or ""):
-            leading = leading.partition("<think>")[0]
-        return before + len(leading.rstrip(" "))
+        leading = leading[: min(found)] if found else leading
+        tokens = list(self.control.finditer(leading))
+        return before + (tokens[-1].end() if tokens else len(leading.rstrip(" ")))
+
+    def _rest_before_question(self, messages: list[dict], tools: list | None, template_kwargs: dict | None) -> str:
+        """What the template writes between the last text of the last message and a following user's token."""
+        more = [*messages, {"role": "user", "content": "question"}]
+        text, anchors = self._anchored(more, tools, template_kwargs)
+        end = max((a.end for a in anchors if a.number == len(messages) - 1), default=0)
+        token = self.control.search(text, end)
+        return text[end : token.start()] if token else ""
 
     def _end_of_turn(self, text: str, position: int, limit: int) -> int | None:
         """The end of the token that ends a turn whose last text ends at `position`."""
@@ -178,7 +195,10 @@ class TurnFinder:
         self, messages: list[dict], tools: list | None, template_kwargs: dict | None
     ) -> tuple[str, list[_Anchor]]:
         """The rendered text, without anchors, and where they were."""
-        marked = [_with_anchors(message, number) for number, message in enumerate(messages)]
+        marked = [
+            _with_anchors(message, number if message["role"] == "assistant" else messages.index(message))
+            for number, message in enumerate(messages)
+        ]
         text = self.render(marked, tools, template_kwargs)
         parts: list[str] = []
         anchors: list[_Anchor] = []
@@ -188,21 +208,19 @@ class TurnFinder:
             length += match.start() - position
             position = match.end()
             if match[1] is not None:
-                anchors.append(_Anchor(int(match[1]), length, length))
+                anchors.append(_Anchor(int(match[1]), match[2], length, length))
             elif anchors:
                 anchors[-1].end = length
         return "".join([*parts, text[position:]]), anchors
 
 
-def _is_anchored_by_name(message: dict) -> bool:
-    return "tool_calls" in message and not (
-        message.get("content") or message.get("reasoning_content") or _arguments_text(message)
-    )
-
-
-def _arguments_text(message: dict) -> bool:
-    """Whether a text in the arguments of the message's tool calls can hold an anchor."""
-    return any(_has_text((call.get("function") or call).get("arguments")) for call in message.get("tool_calls") or [])
+def _without_repeated_names(turn: list[_Anchor]) -> list[_Anchor]:
+    """The anchors of a turn; a template may repeat the name of a call beside the tool's result."""
+    kept: list[_Anchor] = []
+    for anchor in turn:
+        if not anchor.part.startswith("name") or all(anchor.part != other.part for other in kept):
+            kept.append(anchor)
+    return kept
 
 
 def _has_text(value: Any) -> bool:
@@ -214,40 +232,50 @@ def _has_text(value: Any) -> bool:
 
 
 def _with_anchors(message: dict, number: int) -> dict:
-    """A message whose texts are anchored; white space and thinking tags, which templates look at, stay outside."""
+    """A message whose texts are anchored; templates look at white space and an answer's thinking tags: they aren't."""
     anchored = dict(message)
-    for key in ("reasoning_content", "content"):
-        if message.get(key):
-            parts = THINKING_TAG.split(message[key])
-            anchored[key] = "".join(p if i % 2 else _anchor(p, number) for i, p in enumerate(parts))
     if message["role"] != "assistant":
+        anchored["content"] = _anchor(message.get("content") or "", number)
         return anchored
+    for key, part in (("reasoning_content", "reasoning"), ("content", "content")):
+        if message.get(key):
+            pieces = THINKING_TAG.split(message[key])
+            anchored[key] = "".join(
+                p if i % 2 or not p.strip() else _anchor(p, number, part) for i, p in enumerate(pieces)
+            )
     if message.get("tool_calls"):
-        by_name = _is_anchored_by_name(message)
-        anchored["tool_calls"] = [_call_with_anchors(call, number, by_name) for call in message["tool_calls"]]
-    elif not (message.get("content") or "").strip() and not message.get("reasoning_content"):
-        anchored["content"] = f"{ANCHOR_NUMBER}{number}{ANCHOR_START}{ANCHOR_END}" + message["content"]
+        calls = enumerate(message["tool_calls"])
+        anchored["tool_calls"] = [_call_with_anchors(call, number, index) for index, call in calls]
+    elif not (message.get("content") or "").strip():
+        anchored["content"] = _anchor(message.get("content") or "", number)
     return anchored
 
 
-def _call_with_anchors(call: dict, number: int, by_name: bool) -> dict:
+def _call_with_anchors(call: dict, number: int, index: int) -> dict:
     function = call.get("function") or call
-    if by_name:
-        function = {**function, "name": _anchor(function["name"], number)}
+    if _has_text(function.get("arguments")):
+        function = {**function, "arguments": _anchored_value(function["arguments"], number, str(index))}
     else:
-        function = {**function, "arguments": _anchored_value(function.get("arguments"), number)}
+        function = {**function, "name": _anchor(function["name"], number, f"name{index}")}
     return {**call, "function": function} if "function" in call else function
 
 
-def _anchored_value(value: Any, number: int) -> Any:
+def _anchored_value(value: Any, number: int, part: str) -> Any:
     if isinstance(value, str):
-        return _anchor(value, number)
+        return _anchor(value, number, part) if value.strip() else value
     if isinstance(value, dict):
-        return {_anchor(key, number): _anchored_value(item, number) for key, item in value.items()}
+        return {
+            (_anchor(key, number, part) if key.strip() else key): _anchored_value(item, number, part)
+            for key, item in value.items()
+        }
     if isinstance(value, list):
-        return [_anchored_value(item, number) for item in value]
+        return [_anchored_value(item, number, part) for item in value]
     return value
 
 
-def _anchor(text: str, number: int) -> str:
-    return WORD.sub(lambda m: f"{ANCHOR_NUMBER}{number}{ANCHOR_START}{m[0]}{ANCHOR_END}", text, count=1)
+def _anchor(text: str, number: int, part: str = "content") -> str:
+    """`text` with anchors around its words; before its white space where it has none."""
+    start = f"{ANCHOR_NUMBER}{number}:{part}{ANCHOR_START}"
+    if not text.strip():
+        return f"{start}{ANCHOR_END}{text}"
+    return WORD.sub(lambda m: f"{start}{m[0]}{ANCHOR_END}", text, count=1)

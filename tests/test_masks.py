@@ -9,9 +9,10 @@ from conftest import CHATML_TEMPLATE, THINKING_TEMPLATE
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from chat_format import ChatFormat, RowRejected, truncate
+from chat_format import ChatFormat
 from dist_logger import UserError
 from scripts.make_example_data import WEATHER_TOOL
+from training_row import RowRejected, truncate
 
 END = "<|im_end|>"
 TAGGED_TEMPLATE = """\
