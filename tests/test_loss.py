@@ -121,6 +121,25 @@ def test_statistics_of_the_tokens():
     assert tokens.is_top1.tolist() == (probabilities.argmax(1) == targets[supervised]).tolist()
 
 
+def weights_of_the_position_before(logits, labels, alpha, weights):
+    """The mutant: the weight of the token that predicts, not of the token that is predicted."""
+    return dft_loss_sum(logits, labels, alpha, torch.roll(weights, 1, dims=-1))[0]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.7])
+def test_loss_weights_multiply_the_loss_of_their_token(alpha):
+    logits, labels = random_case()
+    weights = torch.rand(labels.shape, generator=torch.Generator().manual_seed(1))
+    expected = 0.0
+    for b in range(labels.shape[0]):
+        for t in range(1, labels.shape[1]):
+            alone = torch.full_like(labels, -100)
+            alone[b, t] = labels[b, t]
+            expected += float(weights[b, t]) * reference(logits, alone, alpha)[0]
+    assert float(dft_loss_sum(logits, labels, alpha, weights)[0]) == pytest.approx(expected, rel=1e-6)
+    assert float(weights_of_the_position_before(logits, labels, alpha, weights)) != pytest.approx(expected, rel=1e-3)
+
+
 def test_nothing_supervised_is_a_connected_zero():
     logits, labels = random_case()
     logits[0, 0, 0] = float("inf")  # an unsupervised row must not poison the sum

@@ -10,7 +10,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from chat_format import ChatFormat
-from dist_logger import UserError
 from scripts.make_example_data import WEATHER_TOOL
 from training_row import RowRejected, truncate
 
@@ -229,9 +228,13 @@ def test_a_tagged_turn_without_an_end_rejects_the_row(tokenizer):
     assert caught.value.reason == "no_end_of_turn"
 
 
-def test_a_template_without_visible_turns_is_refused(tokenizer):
-    with pytest.raises(UserError, match="generation"):
-        make_format(tokenizer, "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}")
+def test_a_template_without_control_tokens_is_exact_or_refused(tokenizer):
+    """A last answer gets EOS as its end; a turn in the middle has no end that could be learnt."""
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    chat_format = make_format(tokenizer, template)
+    assert supervised(chat_format, [user("Q"), assistant("A b")]) == [" A b\n" + tokenizer.eos_token]
+    with pytest.raises(RowRejected, match="no end-of-turn token"):
+        chat_format.encode([user("Q"), assistant("A"), user("Q"), assistant("B")])
 
 
 def test_a_tokenizer_without_chatml_tokens_ends_turns_with_eos():
@@ -268,3 +271,45 @@ def test_truncation_never_teaches_a_stop(tokenizer):
         truncate(example, int(np.flatnonzero(example.labels != -100)[0]))
     assert caught.value.reason == "nothing_left_after_truncation"
     assert not truncate(example, 10_000).is_truncated
+
+
+def test_training_on_the_last_turn(tokenizer):
+    tokenizer.chat_template = CHATML_TEMPLATE
+    chat = [user("Q"), assistant("A"), user("Q"), assistant("B")]
+    assert supervised(ChatFormat(tokenizer, train_on="last"), chat) == ["B" + END]
+
+
+def test_weights_of_messages(tokenizer):
+    chat_format = make_format(tokenizer, CHATML_TEMPLATE)
+    chat = [user("Q"), assistant("A", weight=0.0), user("Q"), assistant("B", weight=0.5), user("Q"), assistant("C")]
+    assert supervised(chat_format, chat) == ["B" + END, "C" + END]
+    example = chat_format.encode(chat)
+    trained = example.labels != -100
+    assert example.weights[trained].tolist() == [0.5, 0.5, 1.0, 1.0]
+    assert chat_format.encode(chat[:2] + chat[4:]).weights is None
+    with pytest.raises(RowRejected) as caught:
+        chat_format.encode(chat[:2])
+    assert caught.value.reason == "nothing_to_train_on"
+
+
+@pytest.mark.parametrize("name", ["built-in", "chatml"])
+def test_masking_thinking(tokenizer, name):
+    tokenizer.chat_template = TEMPLATES[name]
+    chat_format = ChatFormat(tokenizer, mask_thinking=True)
+    block = "<think>\nhm\n</think>\n\n"
+    assert supervised(chat_format, [user("Q"), assistant(block + "A"), user("Q"), assistant("B")]) == [
+        "A" + END,
+        "B" + END,
+    ]
+
+
+def test_truncating_the_beginning_and_dropping(tokenizer):
+    example = make_format(tokenizer, CHATML_TEMPLATE).encode([user("Q"), assistant("one two three four", weight=2.0)])
+    cut = truncate(example, 4, "left")
+    assert cut.input_ids.tolist() == example.input_ids[-4:].tolist()
+    assert cut.labels.tolist() == example.labels[-4:].tolist()
+    assert cut.weights.tolist() == example.weights[-4:].tolist()
+    with pytest.raises(RowRejected) as caught:
+        truncate(example, 4, "drop")
+    assert caught.value.reason == "too_long"
+    assert truncate(example, len(example.labels), "drop") is example

@@ -9,6 +9,7 @@ from conftest import ROOT
 from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
+from batching import PaddingCollator
 from dft_trainer import DFTTrainer, PaddedEvalSet
 from scripts.make_tiny_model import make_model
 
@@ -235,3 +236,31 @@ def test_deepspeed_configurations_differ_in_what_they_say():
         assert zero["stage"] == (2 if name == "zero2" else 3)
         assert zero.get("stage3_gather_16bit_weights_on_model_save", name == "zero2")
         assert zero.get("offload_param", {}).get("device", "none") == ("cpu" if "offload" in name else "none")
+
+
+def test_loss_weights_reach_the_loss(make_trainer, tokenizer):
+    """Rows weighted 0.5 have half the loss, and the same cross-entropy; a mixed batch is padded right."""
+    metrics = {}
+    for weight in (1.0, 0.5):
+        trainer = make_trainer(dft_alpha=0.6)
+        trainer.data_collator = PaddingCollator(tokenizer)
+        data = rows(11, seed=1)
+        trainer.eval_dataset = data.add_column("loss_weights", [[weight] * len(ids) for ids in data["input_ids"]])
+        metrics[weight] = trainer.evaluate()
+    assert metrics[0.5]["eval_loss"] == pytest.approx(0.5 * metrics[1.0]["eval_loss"], rel=1e-6)
+    assert metrics[0.5]["eval_ce_loss"] == pytest.approx(metrics[1.0]["eval_ce_loss"], rel=1e-6)
+
+
+def test_the_collator_pads_ids_labels_and_weights(tokenizer):
+    short = {"input_ids": [5, 6], "labels": [-100, 6], "loss_weights": [1.0, 0.5]}
+    long = {"input_ids": [5] * 9, "labels": [5] * 9, "loss_weights": [2.0] * 9}
+    batch = PaddingCollator(tokenizer)([short, long])
+    assert {name: tuple(value.shape) for name, value in batch.items()} == dict.fromkeys(
+        ("input_ids", "attention_mask", "labels", "loss_weights"), (2, 16)
+    )
+    assert batch["labels"][0].tolist() == [-100, 6] + [-100] * 14
+    assert batch["attention_mask"].sum(1).tolist() == [2, 9]
+    assert batch["loss_weights"][0].tolist() == [1.0, 0.5] + [1.0] * 14
+    assert batch["loss_weights"][1].tolist() == [2.0] * 9 + [1.0] * 7
+    plain = [{key: row[key] for key in ("input_ids", "labels")} for row in (short, long)]
+    assert "loss_weights" not in PaddingCollator(tokenizer)(plain)
