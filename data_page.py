@@ -20,11 +20,11 @@ PAGE = Template("""\
 <meta name="viewport" content="width=device-width">
 <title>Data report</title>
 <style>
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; }
+body { font: 14px/1.5 system-ui, sans-serif; color: #222; margin: 2rem auto; max-width: 80rem; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }
-th, td { padding: .25rem .75rem; text-align: right; border-bottom: 1px solid #ddd; }
+th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #ddd; }
 th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f7f7f7; padding: .75rem; color: #777; }
 pre b { font-weight: normal; color: #0a6b2b; background: #dff3e4; }
@@ -84,4 +84,5 @@ def histogram(lengths: np.ndarray) -> str:
             (WIDTH, "end", borders[-1]),
         )
     ]
+    labels.append(f'<text x="{WIDTH}" y="12" text-anchor="end">highest bar: {counts.max():,} rows</text>')
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT + FOOT}" width="{WIDTH}" role="img">{"".join(bars + labels)}</svg>'

@@ -11,11 +11,11 @@ from conftest import ROOT, read_log, run
 from command_line import known_options
 
 READMES = ["README.md", "README.zh.md"]
-OTHERS = ["CONTRIBUTING.md", "ds_config/README.md"]
+OTHERS = ["CONTRIBUTING.md", "docs/data.md", "ds_config/README.md"]
 MADE_BY_A_RUN = {  # named in the documents, made when the program runs
     "data_report.json", "rejected.jsonl", "training_curves.png", "train_log.jsonl", "all_results.json",
     "trainer_state.json", "training_args.json", "train_distributed.log", "my_run.yaml", "more.json", "train.jsonl",
-    "eval.jsonl",
+    "eval.jsonl", "chats.jsonl",
 }  # fmt: skip
 FLAGS_OF_OTHERS = {"--no-build-isolation", "--help"}
 
@@ -25,7 +25,9 @@ def test_files_exist(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     paths = re.findall(r"(?<![\w/*.-])[\w.-]+(?:/[\w.-]+)*\.(?:py|sh|json|jsonl|yaml|md|txt|png|log)\b", text)
     missing = {p for p in paths if not (ROOT / p).exists() and not (ROOT / name).parent.joinpath(p).exists()}
-    missing -= {p for p in missing for d in ("scripts", "ds_config") if (ROOT / d / p).exists()}  # as in the file tree
+    missing -= {
+        p for p in missing for d in ("scripts", "ds_config", "examples/data") if (ROOT / d / p).exists()
+    }  # as in the file tree
     assert missing <= MADE_BY_A_RUN, missing
     for link in re.findall(r"\]\((?!http)([^)#]+)", text):
         assert ((ROOT / name).parent / link).exists(), link

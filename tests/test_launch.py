@@ -1,5 +1,6 @@
 """The program as people start it: launchers, ZeRO-3, checkpoints, resuming, trackers, mistakes."""
 
+import gzip
 import json
 import os
 import shutil
@@ -47,9 +48,10 @@ def test_zero3_leaves_a_whole_model(train, tiny_model, tmp_path):
     assert chat == "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
 
     files = {path.name for path in out.iterdir()}
-    for name in ("train_log.jsonl", "training_curves.png", "all_results.json", "trainer_state.json", "rejected.jsonl",
-                 "data_report.json", "training_args.json", "train_distributed.log", "runs"):  # fmt: skip
-        assert name in files
+    assert files >= {
+        *("train_log.jsonl", "training_curves.png", "all_results.json", "trainer_state.json", "training_args.json"),
+        *("data_report.json", "data_report.html", "rejected.jsonl", "train_distributed.log", "runs"),
+    }
     assert not {"training_args.bin", "tokenized"} & files  # no pickle, nothing left over
 
     records = read_log(out)
@@ -310,10 +312,41 @@ def test_dry_run_shows_the_data_and_loads_no_model(train, tmp_path):
     assert "chats.jsonl" in result.stdout
     assert "Model: " not in result.stdout
     assert {p.name for p in (tmp_path / "dry").iterdir()} == {
+        "data_report.html",
         "data_report.json",
         "rejected.jsonl",
         "train_distributed.log",
     }
+
+
+def test_two_processes_train_on_every_format_and_again_from_the_cache(train, tmp_path):
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello", "weight": 0.5}]
+    rows = {
+        "sharegpt.jsonl.gz": [{"conversations": turns}] * 3,
+        "alpaca.json": [{"instruction": f"Say {i}", "input": "", "output": str(i)} for i in range(9)],
+        "prompts.jsonl": [{"prompt": f"After {i}?", "completion": str(i + 1)} for i in range(9)],
+    }
+    for name, some in rows.items():
+        text = json.dumps(some) if name.endswith(".json") else "\n".join(map(json.dumps, some))
+        data = text.encode()
+        (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    settings = [
+        *("--data_files", tmp_path / "sharegpt.jsonl.gz", tmp_path / "alpaca.json", f"{tmp_path}/prompts.jsonl#5"),
+        *("--data_weights", 2, 1, 1, "--dedup", "True", "--data_cache_dir", tmp_path / "cache"),
+    ]
+    first = train(*settings, LAUNCHER="torchrun", DS_CONFIG="")
+    report = json.loads((tmp_path / "out" / "data_report.json").read_text())
+    assert [(entry["format"], entry["kept"]) for entry in report["files"]] == [
+        ("sharegpt", 1),
+        ("alpaca", 9),
+        ("prompt_completion", 5),
+    ]
+    assert report["total"]["rejected"] == {"duplicate": 2}
+    assert "Tokenised data kept in" in first.stdout
+    losses = [record["loss"] for record in read_log(tmp_path / "out") if "loss" in record]
+    second = train(*settings, "--output_dir", tmp_path / "again", LAUNCHER="torchrun", DS_CONFIG="")
+    assert "Tokenised data from the cache" in second.stdout
+    assert [record["loss"] for record in read_log(tmp_path / "again") if "loss" in record] == losses
 
 
 # ---- the command that the launch script builds, seen by stand-ins for the launchers --------------
