@@ -25,6 +25,7 @@ CODE = (
     "data_formats.py",
     "data_selection.py",
     "data_utils.py",
+    "rejected_rows.py",
     "template_turns.py",
     "text_encoder.py",
     "training_row.py",

@@ -16,10 +16,10 @@ from data_files import DataFile, RawRow, read_rows
 from data_formats import Conversation, Rejected, RowReader
 from data_selection import Catalogue, digests
 from dist_logger import UserError
+from rejected_rows import RejectedRows
 from training_row import Example, RowRejected, truncate
 from worker_pool import WorkerPool
 
-SHOWN_ERRORS = 20
 ROWS_PER_TASK = 128
 CHARACTERS_PER_TASK = 1 << 20
 TOKENS = {"input_ids": List(Value("int32")), "labels": List(Value("int32"))}
@@ -54,34 +54,6 @@ def reject_untrainable(row: Conversation | Rejected) -> Conversation | Rejected:
 def reject(row: Conversation, reason: str, detail: str) -> Rejected:
     """The rejection of a well-formed row that can't be trained on."""
     return Rejected(row.path, row.line, reason, detail, row.row, is_malformed=False)
-
-
-def stop_on_rejected(rejected: list[Rejected], data_validation: str) -> None:
-    """Raises UserError with the places of the rows that `data_validation` doesn't allow to drop.
-
-    standard: malformed rows stop. strict: all do, but for those that were asked to be dropped. lenient: none does.
-    """
-    if data_validation == "lenient":
-        return
-    bad = [r for r in rejected if r.is_malformed or data_validation == "strict"]
-    if bad:
-        raise UserError(
-            f"{len(bad)} rows can't be used ({reasons_of(bad)}). Mend them, or drop them with --data_validation "
-            f"lenient.\n{places_of(bad)}"
-        )
-
-
-def reasons_of(rejected: list[Rejected]) -> str:
-    """How many rows were rejected for each reason."""
-    return ", ".join(f"{n} {reason}" for reason, n in Counter(r.reason for r in rejected).most_common())
-
-
-def places_of(rejected: list[Rejected]) -> str:
-    """The places of the first rows, a line each."""
-    lines = [str(r) for r in rejected[:SHOWN_ERRORS]]
-    if len(rejected) > SHOWN_ERRORS:
-        lines.append(f"… and {len(rejected) - SHOWN_ERRORS} more")
-    return "\n".join(lines)
 
 
 # ---- reading ------------------------------------------------------------------------------------
@@ -130,11 +102,10 @@ def portions(reader: RowReader, wanted: np.ndarray | None = None) -> Iterator[tu
 
 
 def survey(
-    files: list[DataFile], readers: list[RowReader], pool: WorkerPool, progress: bool
-) -> tuple[Catalogue, list[Rejected]]:
-    """Reads and validates all files; returns their valid rows and the others."""
+    files: list[DataFile], readers: list[RowReader], pool: WorkerPool, rejected: RejectedRows, progress: bool
+) -> Catalogue:
+    """Reads and validates all files; returns their valid rows, adds the others to `rejected`."""
     file, ordinal, content, prompt = [], [], [], []
-    rejected: list[Rejected] = []
     rows_read = [0] * len(files)
     has_weights = False
     index_of = {reader.path: i for i, reader in enumerate(readers)}
@@ -146,12 +117,12 @@ def survey(
             ordinal.append(np.array(found.valid, dtype=np.int64) + rows_read[index])
             content.append(np.array(found.content, dtype=np.uint64))
             prompt.append(np.array(found.prompt, dtype=np.uint64))
-            rejected += found.rejected
+            rejected.add(found.rejected)
             rows_read[index] += found.num_rows
             has_weights |= found.has_weights
             bar.update(found.num_rows)
     columns = (np.concatenate(column) for column in (file, ordinal, content, prompt))
-    return Catalogue(files, *columns, rows_read=rows_read, has_weights=has_weights), rejected
+    return Catalogue(files, *columns, rows_read=rows_read, has_weights=has_weights)
 
 
 # ---- tokenising ---------------------------------------------------------------------------------
@@ -167,7 +138,6 @@ class RowStatistics:
     truncated: int  # rows
     control_text: int  # rows with control tokens in their own text
     not_rendered: Counter[str]  # column -> rows whose chat template never shows it
-    rejected: list[Rejected]
 
 
 @dataclass
@@ -179,6 +149,7 @@ class Tokenized:
     weights: np.ndarray | None  # float32 [S]; None: 1 everywhere
     place: np.ndarray  # int64 [K], of the kept rows among those that were given
     rows: RowStatistics
+    rejected: list[Rejected]
 
 
 def tokenize_conversations(
@@ -227,7 +198,6 @@ def pack(results: list[Example | Rejected], lines: list[int]) -> Tokenized:
         truncated=sum(row.is_truncated for row in examples),
         control_text=sum(row.has_control_text for row in examples),
         not_rendered=Counter(name for row in examples for name in row.not_rendered),
-        rejected=[row for row in results if isinstance(row, Rejected)],
     )
     return Tokenized(
         input_ids=_concatenate([row.input_ids for row in examples]),
@@ -235,6 +205,7 @@ def pack(results: list[Example | Rejected], lines: list[int]) -> Tokenized:
         weights=weights,
         place=np.array(places, dtype=np.int64),
         rows=statistics,
+        rejected=[row for row in results if isinstance(row, Rejected)],
     )
 
 
@@ -243,9 +214,17 @@ def _concatenate(arrays: list[np.ndarray]) -> np.ndarray:
 
 
 def tokenize_files(
-    catalogue: Catalogue, chosen: np.ndarray, readers: list[RowReader], pool: WorkerPool, path: Path, progress: bool
+    catalogue: Catalogue,
+    chosen: np.ndarray,
+    readers: list[RowReader],
+    pool: WorkerPool,
+    rejected: RejectedRows,
+    path: Path,
+    progress: bool,
 ) -> tuple[list[RowStatistics], np.ndarray]:
     """Tokenises the rows `chosen` (bool [R]) of a catalogue and writes them to an Arrow file.
+
+    Rows that can't be trained on are added to `rejected`.
 
     Returns:
         for each file, what became of its rows; and the catalogue's index of every
@@ -268,6 +247,7 @@ def tokenize_files(
                 written.append(rows[done + result.place])
                 done += len(raw)
                 of_file[number].append(result.rows)
+                rejected.add(result.rejected)
                 bar.update(len(raw))
             if done != len(rows):
                 raise UserError(f"{reader.path} was changed while it was being read")
@@ -283,7 +263,6 @@ def merge(parts: list[RowStatistics]) -> RowStatistics:
         truncated=sum(part.truncated for part in parts),
         control_text=sum(part.control_text for part in parts),
         not_rendered=sum((part.not_rendered for part in parts), Counter()),
-        rejected=[row for part in parts for row in part.rejected],
     )
 
 

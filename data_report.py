@@ -5,15 +5,13 @@ import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from data_formats import Rejected
 from dft_loss import IGNORE_INDEX
 
 PERCENTILES = {"min": 0, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "p99": 99, "max": 100}
@@ -133,13 +131,6 @@ def write_report(report: dict[str, Any], directory: Path) -> None:
     """Writes data_report.json."""
     text = json.dumps(report, indent=2, ensure_ascii=False)
     (directory / "data_report.json").write_text(text + "\n", encoding="utf-8")
-
-
-def write_rejected(rejected: Iterable[Rejected], directory: Path) -> None:
-    """Writes rejected.jsonl, with every dropped row whole."""
-    with open(directory / "rejected.jsonl", "w", encoding="utf-8") as file:
-        for row in rejected:
-            file.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
 
 
 def report_cells(report: dict[str, Any]) -> list[tuple[str, ...]]:

@@ -93,14 +93,15 @@ def select(
             own = np.flatnonzero(rows.file == index)
             wanted[own] = False
             wanted[sample(own, file.max_rows, rng)] = True
+    eval_files = list(eval_files)
     train = wanted & np.isin(rows.file, list(train_files))
-    evaluation = wanted & np.isin(rows.file, list(eval_files))
+    evaluation = wanted & np.isin(rows.file, eval_files)
     duplicate = _repeats(rows.content, train) | _repeats(rows.content, evaluation & ~train)
     dropped = {}
     if dedup:
         dropped["duplicate"] = duplicate
         train, evaluation = train & ~duplicate, evaluation & ~duplicate
-    if evaluation.any():
+    if eval_files:
         chosen = np.flatnonzero(evaluation)
         evaluation = np.zeros_like(evaluation)
         evaluation[sample(chosen, max_eval_samples or len(chosen), rng)] = True

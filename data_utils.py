@@ -12,7 +12,6 @@ file, rows read = rows kept + rows rejected + rows not sampled.
 """
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -31,18 +30,16 @@ from data_pipeline import (
     TokenSettings,
     Truncation,
     pack,
-    places_of,
-    reasons_of,
     reject_untrainable,
-    stop_on_rejected,
     survey,
     table,
     tokenize_conversations,
     tokenize_files,
 )
-from data_report import FileStatistics, SampleRow, make_report, write_rejected
+from data_report import FileStatistics, SampleRow, make_report
 from data_selection import Catalogue, Selection, mix, select
-from dist_logger import UserError, get_logger
+from dist_logger import get_logger
+from rejected_rows import RejectedRows
 from worker_pool import WorkerPool
 
 logger = get_logger(__name__)
@@ -101,7 +98,7 @@ def tokenize_dataset(
     rows = list(conversations)
     results = tokenize_conversations(rows, chat_format, max_length, truncation)
     tokens = pack(results, [row.line for row in rows])
-    return Dataset(table(tokens, has_weights=tokens.weights is not None)), tokens.rows.rejected
+    return Dataset(table(tokens, has_weights=tokens.weights is not None)), tokens.rejected
 
 
 # ---- the whole way ------------------------------------------------------------------------------
@@ -138,7 +135,7 @@ def prepare_data(
         max_length: in tokens.
         truncation: the end that longer rows lose: right or left; drop rejects them, error stops.
         dedup, drop_leaked, validation_split_percentage, max_eval_samples: see data_selection.select.
-        data_validation: what may be dropped, see data_pipeline.stop_on_rejected.
+        data_validation: what may be dropped, see RejectedRows.
         num_workers: processes that read and tokenise, at most one per core.
         overwrite_cache: prepare the data even if it is in the cache.
 
@@ -219,28 +216,25 @@ def _build(
     for reader in readers:
         logger.info("%s holds rows of the format %s", reader.path, reader.format)
     train_files, eval_files = ([i for i, file in enumerate(files) if file.path in side] for side in sides)
-    with WorkerPool(num_workers, TokenSettings(chat_format, max_length, truncation)) as pool:
-        rows, rejected = survey(files, readers, pool, progress)
-        stop_on_rejected(rejected, data_validation)
+    with (
+        RejectedRows(directory / "rejected.jsonl", data_validation, truncation) as rejected,
+        WorkerPool(num_workers, TokenSettings(chat_format, max_length, truncation)) as pool,
+    ):
+        rows = survey(files, readers, pool, rejected, progress)
+        rejected.stop()
+        rejected.stop_if_nothing_is_left(int(np.isin(rows.file, train_files).sum()), sides[0], "data_files")
         chosen = select(rows, train_files, eval_files, seed=seed, **selection_settings)
-        rejected += _dropped(rows, chosen, readers)
+        rejected.add(_dropped(rows, chosen, readers))
+        wanted = chosen.train | chosen.evaluation
         statistics, written = tokenize_files(
-            rows, chosen.train | chosen.evaluation, readers, pool, directory / "tokens.arrow", progress
+            rows, wanted, readers, pool, rejected, directory / "tokens.arrow", progress
         )
-    untokenized = [row for some in statistics for row in some.rejected]
-    too_long = [row for row in untokenized if row.reason == "too_long"]
-    if too_long and truncation == "error":
-        raise UserError(
-            f"{len(too_long)} rows are longer than --max_length {max_length} tokens (--truncation error):\n"
-            + places_of(too_long)
-        )
-    stop_on_rejected([row for row in untokenized if row.reason != "too_long"], data_validation)
-    rejected += untokenized
-    report = make_report(_file_statistics(rows, chosen, readers, statistics, rejected))
+        rejected.stop()
     train, evaluation = np.flatnonzero(chosen.train[written]), np.flatnonzero(chosen.evaluation[written])
-    _refuse_nothing(train, sides[0], "data_files", rejected)
-    if chosen.evaluation.any():
-        _refuse_nothing(evaluation, sides[1] or sides[0], "eval_data_files", rejected)
+    rejected.stop_if_nothing_is_left(len(train), sides[0], "data_files")
+    if eval_files or chosen.evaluation.any():
+        rejected.stop_if_nothing_is_left(len(evaluation), sides[1] or sides[0], "eval_data_files")
+    report = make_report(_file_statistics(rows, chosen, readers, statistics, rejected))
     order = mix(rows.file[written][train], files, seed)
     np.savez(
         directory / "rows.npz",
@@ -251,13 +245,11 @@ def _build(
         length=np.concatenate([some.length for some in statistics]),
     )
     (directory / "report.json").write_text(json.dumps(report, ensure_ascii=False), encoding="utf-8")
-    write_rejected(rejected, directory)
 
 
-def _dropped(rows: Catalogue, chosen: Selection, readers: list[RowReader]) -> list[Rejected]:
+def _dropped(rows: Catalogue, chosen: Selection, readers: list[RowReader]) -> Iterator[Rejected]:
     """The rows that were asked to be dropped, read once more."""
     details = {"duplicate": "the same as an earlier row", "leaked": "the prompt of an evaluation row"}
-    dropped: list[Rejected] = []
     for number, reader in enumerate(readers):
         reason_of = {
             int(ordinal): reason
@@ -268,8 +260,7 @@ def _dropped(rows: Catalogue, chosen: Selection, readers: list[RowReader]) -> li
             if i in reason_of:
                 reason = reason_of[i]
                 text = raw.text or json.dumps(parse(raw), ensure_ascii=False, default=str)
-                dropped.append(Rejected(reader.path, raw.line, reason, details[reason], text, is_malformed=False))
-    return dropped
+                yield Rejected(reader.path, raw.line, reason, details[reason], text, is_malformed=False)
 
 
 def _file_statistics(
@@ -277,11 +268,8 @@ def _file_statistics(
     chosen: Selection,
     readers: list[RowReader],
     statistics: list[RowStatistics],
-    rejected: list[Rejected],
+    rejected: RejectedRows,
 ) -> list[FileStatistics]:
-    reasons: dict[str, Counter[str]] = {reader.path: Counter() for reader in readers}
-    for row in rejected:
-        reasons[row.path][row.reason] += 1
     unwanted = ~(chosen.train | chosen.evaluation)
     for which in chosen.dropped.values():
         unwanted &= ~which
@@ -293,7 +281,7 @@ def _file_statistics(
             not_sampled=int((unwanted & (rows.file == i)).sum()),
             duplicates=int((chosen.duplicate & (rows.file == i)).sum()),
             leaked=int((chosen.leaked & (rows.file == i)).sum()),
-            rejected=reasons[reader.path],
+            rejected=rejected.reasons[reader.path],
             lengths=some.length,
             supervised=int(some.supervised.sum()),
             truncated=some.truncated,
@@ -302,13 +290,6 @@ def _file_statistics(
         )
         for i, (reader, some) in enumerate(zip(readers, statistics, strict=True))
     ]
-
-
-def _refuse_nothing(left: np.ndarray, paths: list[str], flag: str, rejected: list[Rejected]) -> None:
-    if len(left) == 0:
-        why = [row for row in rejected if row.path in paths]
-        first = f"\nthe first: {why[0]}" if why else ""
-        raise UserError(f"no row of --{flag} is left: {reasons_of(why) or 'the files hold none'}{first}")
 
 
 def load_prepared(directory: Path) -> PreparedData:

@@ -152,6 +152,15 @@ def test_nothing_left_says_why(tmp_path, prepare):
     assert f"{path}:1" in str(caught.value)
 
 
+def test_evaluation_files_without_a_good_row_are_said_and_nothing_is_held_out_instead(tmp_path, prepare):
+    path = write_jsonl(tmp_path / "a.jsonl", [chat(str(i)) for i in range(50)])
+    bad = write_jsonl(tmp_path / "e.jsonl", [{"messages": [{"role": "user", "content": "Q"}]}])
+    with pytest.raises(UserError, match="no row of --eval_data_files is left: 1 no_assistant_turn"):
+        prepare([path], [bad], validation_split_percentage=5)
+    with pytest.raises(UserError, match="no row of --data_files is left: 1 no_assistant_turn"):
+        prepare([bad], validation_split_percentage=5)
+
+
 # ---- choosing: see also test_selection.py ---------------------------------------------------------
 
 
@@ -271,7 +280,7 @@ def test_message_weights_become_a_column(tmp_path, prepare):
 def test_longer_rows(tmp_path, prepare, truncation, length):
     path = write_jsonl(tmp_path / "a.jsonl", [chat("short"), chat("Q", "word " * 100)])
     if truncation == "error":
-        with pytest.raises(UserError, match=r"1 rows are longer than --max_length 40 tokens") as caught:
+        with pytest.raises(UserError, match=r"1 rows can't be used \(1 too_long\). Raise --max_length") as caught:
             prepare([path], max_length=40, truncation=truncation)
         assert f"{path}:2: " in str(caught.value)
         return
