@@ -81,7 +81,8 @@ def _survey(_: TokenSettings, reader: RowReader, raw: list[RawRow]) -> _Surveyed
         result.valid.append(i)
         result.content.append(content)
         result.prompt.append(prompt)
-        result.has_weights |= any(m.get("weight", 1.0) not in (0.0, 1.0) for m in row.messages)
+        turns = (m for m in row.messages if m["role"] == "assistant")
+        result.has_weights |= any(turn.get("weight", 1.0) not in (0.0, 1.0) for turn in turns)
     return result
 
 
