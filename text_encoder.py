@@ -98,7 +98,7 @@ class TextEncoder:
             position += len(part)
             if i % 2:
                 segments.append(self.special[part])
-                starts.append(start)
+                starts.append(text_end if part in self._strips_before else start)
                 continue
             if i > 0 and parts[i - 1] in self._strips_after:
                 stripped = part.lstrip()
@@ -106,6 +106,7 @@ class TextEncoder:
                 part = stripped
             if i + 1 < len(parts) and parts[i + 1] in self._strips_before:
                 part = part.rstrip()
+            text_end = start + len(part)
             if part:
                 segments.append(part if i > 0 else _AT_START + part)
                 starts.append(start if i > 0 else -len(_AT_START))
@@ -165,7 +166,8 @@ class TextEncoder:
     def _tokens_before(self, segment: str, header: str) -> int:
         """How many tokens of a segment start inside its first characters, `header`."""
         ids, header_ids = self._cache[segment], self._cache[header]
-        if np.array_equal(ids[: len(header_ids)], header_ids):
+        in_blanks = header[-1].isspace() and segment[len(header)].isspace()  # which a normalizer may join
+        if not in_blanks and np.array_equal(ids[: len(header_ids)], header_ids):
             return len(header_ids)  # the same tokens stand for the same text
         backend = self._backend_at_start if segment.startswith(_AT_START) else self._backend
         backend.encode_special_tokens = MARK_START in segment
