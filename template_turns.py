@@ -132,18 +132,21 @@ class TurnFinder:
         text, anchors = self._anchored(messages, tools, template_kwargs)
         if self.render(messages, tools, template_kwargs) != text:
             raise TurnNotFound("the template changes with the text of the messages")
+        places: dict[int, list[int]] = {}  # of the anchors of a message
+        for place, anchor in enumerate(anchors):
+            places.setdefault(anchor.number, []).append(place)
         spans: list[Span] = []
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            turn = [a for a in anchors if a.number == number]
-            if not turn:
+            if number not in places:
                 raise TurnNotFound(f"the template doesn't show message {number}, an assistant turn")
-            turn = _without_repeated_names(turn)
+            own = _without_repeated_names(places[number], anchors)
+            turn = [anchors[place] for place in own]
             shown = {a.part.removeprefix("name") for a in turn}
             if any(str(i) not in shown for i in range(len(message.get("tool_calls") or []))):
                 raise TurnNotFound(f"the template doesn't show every tool call of message {number}")
-            first, last = anchors.index(turn[0]), anchors.index(turn[-1])
+            first, last = own[0], own[-1]
             if any(a.number != number for a in anchors[first : last + 1]):
                 raise TurnNotFound(f"the text of message {number} is shown in several places")
             start = self._start_of_turn(text, anchors[first - 1].end if first else 0, turn[0])
@@ -214,12 +217,16 @@ class TurnFinder:
         return "".join([*parts, text[position:]]), anchors
 
 
-def _without_repeated_names(turn: list[_Anchor]) -> list[_Anchor]:
-    """The anchors of a turn; a template may repeat the name of a call beside the tool's result."""
-    kept: list[_Anchor] = []
-    for anchor in turn:
-        if not anchor.part.startswith("name") or all(anchor.part != other.part for other in kept):
-            kept.append(anchor)
+def _without_repeated_names(places: list[int], anchors: list[_Anchor]) -> list[int]:
+    """The places of a turn's anchors; a template may repeat the name of a call beside the tool's result."""
+    kept: list[int] = []
+    names: set[str] = set()
+    for place in places:
+        part = anchors[place].part
+        if part not in names:
+            kept.append(place)
+        if part.startswith("name"):
+            names.add(part)
     return kept
 
 

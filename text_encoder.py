@@ -91,7 +91,7 @@ class TextEncoder:
         """
         segments: list[str | int] = []
         starts: list[int] = []  # of the segments, in characters
-        position = 0
+        position = text_end = 0
         parts = (self._cut_unmarked if MARK_START in text else self._cut).split(text)
         for i, part in enumerate(parts):
             start = position
