@@ -29,7 +29,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from data_formats import MalformedRow, decode, function_of
 from dft_loss import IGNORE_INDEX
 from dist_logger import UserError, get_logger
-from template_turns import Span, TurnFinder, TurnNotFound
+from template_turns import TEMPLATE_ERRORS, Span, TurnFinder, TurnNotFound
 from text_encoder import MARK_END, MARK_START, MARKS, TextEncoder, one_of
 from training_row import Example, RowRejected
 
@@ -38,9 +38,9 @@ logger = get_logger(__name__)
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 CHATML_TURN = re.compile(rf"<\|im_start\|>assistant\n(.*?(?<!{MARK_START})<\|im_end\|>)", re.DOTALL)
 USED_INSIDE = tuple(map(chr, range(0xE0F0, 0xE0F6)))  # marks and anchors
-THINKING = re.compile(
-    r"<think>.*?</think>\s*|\[THINK\].*?\[/THINK\]|<\|channel\|>analysis<\|message\|>.*?<\|end\|>", re.DOTALL
-)
+THINKING = {"<think>": "</think>", "[THINK]": "[/THINK]", "<|channel|>analysis<|message|>": "<|end|>"}
+THINKING_START = re.compile("|".join(map(re.escape, THINKING)))
+PROBE = [{"role": role, "content": role} for role in ("user", "assistant", "user", "assistant")]
 
 # HEADER and END are replaced by what the tokenizer has, see ChatFormat._built_in_template
 BUILT_IN_TEMPLATE = """\
@@ -137,12 +137,24 @@ class ChatFormat:
             self.method = "ChatML scan"
         else:
             self.method = "anchors"
+        try:
+            self._render_text(PROBE, None, None)
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(
+                f"the chat template is not valid Jinja (line {error.lineno}: {error}): mend it, or give another with "
+                "--chat_template FILE"
+            ) from error
+        except TEMPLATE_ERRORS:
+            pass  # it doesn't take this conversation; it may take others
         self.has_tags = GENERATION_TAG.search(tokenizer.chat_template) is not None
         names = set(self.encoder.special) | {tokenizer.eos_token or "<|im_end|>", "<|im_start|>", "<|im_end|>"}
         alternatives = one_of(names)
         self._control_text = re.compile(alternatives)
         self._control = re.compile(rf"(?<!{MARK_START})(?:{alternatives})")
         self._trailing_control = re.compile(rf"(?<!{MARK_START})({alternatives})\s*\Z")
+        self._plain_ends: set[str] = set()
+        if self.has_tags:
+            self._plain_ends = self._learn_plain_ends()
         self._finder: TurnFinder | None = None
         if self.method == "anchors":
             self._finder = TurnFinder(self._render_text, self._control, tokenizer.eos_token)
@@ -165,10 +177,19 @@ class ChatFormat:
         if "<|im_start|>" not in template or "<|im_end|>" not in template:
             return False
         try:
-            question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
-            return CHATML_TURN.search(self._render_text([question, answer], None, None)) is not None
-        except (jinja2.TemplateError, TypeError, KeyError, AttributeError):
+            return CHATML_TURN.search(self._render_text(PROBE, None, None)) is not None
+        except TEMPLATE_ERRORS:
             return True
+
+    def _learn_plain_ends(self) -> set[str]:
+        """The tokens that end plain turns, where the template has generation tags."""
+        try:
+            texts, tagged = self._render(PROBE, None, None, return_assistant_tokens_mask=True)
+            spans = self._tagged_spans(texts[0], tagged[0])
+        except (*TEMPLATE_ERRORS, RowRejected):
+            return set()
+        ends = (self._trailing_control.search(texts[0], start, end) for start, end in spans)
+        return {match[1] for match in ends if match}
 
     # ---- rendering ------------------------------------------------------------------------------
 
@@ -202,10 +223,10 @@ class ChatFormat:
                 return text, [match.span(1) for match in CHATML_TURN.finditer(text)]
             texts, tagged = self._render(messages, tools, template_kwargs, return_assistant_tokens_mask=True)
             return texts[0], self._tagged_spans(texts[0], tagged[0])
-        except (jinja2.TemplateError, TypeError, KeyError, AttributeError) as error:
-            raise RowRejected("template_error", f"the chat template refuses the row: {error}") from error
         except TurnNotFound as error:
             raise RowRejected("unverified_mask", str(error)) from error
+        except TEMPLATE_ERRORS as error:
+            raise RowRejected("template_error", f"the chat template refuses the row: {error}") from error
 
     def _render_text(
         self,
@@ -252,9 +273,9 @@ class ChatFormat:
 
     def _end_of_turn(self, text: str, start: int, end: int) -> int:
         inside = self._trailing_control.search(text, start, end)
-        if inside:
-            return inside.end(1)
         after = self._control.match(text, end)
+        if inside and not (after and after[0] in self._plain_ends and inside[1] not in self._plain_ends):
+            return inside.end(1)
         if after:
             return after.end()
         raise RowRejected("no_end_of_turn", "an assistant turn is not followed by an end-of-turn token")
@@ -272,17 +293,13 @@ class ChatFormat:
             span = text[start:end]
             content = (turn.get("content") or "").strip()
             # reasoning models drop the thinking of earlier turns from the render
-            if content not in span and content.split("</think>")[-1].strip() not in span:
+            answer = content.split("</think>")[-1].strip()
+            if content not in span and (answer not in span or not (answer or turn.get("tool_calls"))):
                 raise RowRejected("unverified_mask", f"an assistant turn is not in the render: {content[:60]!r}")
-            for call in turn.get("tool_calls") or []:
-                name = function_of(call).get("name", "")
-                if name not in span:
-                    raise RowRejected("unverified_mask", f"the call of tool {name!r} is not in its turn")
+            _verify_calls(turn.get("tool_calls") or [], span.replace(content, "", 1))
         for message in messages:
-            if message["role"] in ("assistant", "tool"):  # templates may rewrite tool results as JSON
-                continue
             content = (message.get("content") or "").strip()
-            if content not in text:
+            if message["role"] != "assistant" and not _is_shown(content, text):
                 raise RowRejected("message_not_rendered", f"the template leaves out a {message['role']} message")
 
     # ---- tokenising -----------------------------------------------------------------------------
@@ -359,13 +376,49 @@ class ChatFormat:
         return tuple(name for name, parts in shown.items() if parts and not any(part in text for part in parts))
 
 
+def _verify_calls(calls: list[dict], text: str) -> None:
+    """Every tool call is in the text, in order, with its arguments."""
+    position = 0
+    for call in calls:
+        name = function_of(call).get("name", "")
+        found = text.find(name, position)
+        if found < 0 or not all(_is_shown(value, text) for value in _leaves(function_of(call).get("arguments"))):
+            raise RowRejected("unverified_mask", f"the call of tool {name!r} is not in its turn, or not whole")
+        position = found + len(name)
+
+
+def _is_shown(value: Any, text: str) -> bool:
+    """Whether a value stands in the text: as it is, as in JSON, or, where it is JSON, by its parts."""
+    if not isinstance(value, str):
+        return json.dumps(value) in text or str(value) in text
+    if any(form in text for form in (value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1])):
+        return True
+    try:
+        parsed = decode(value)
+    except MalformedRow:
+        return False
+    return isinstance(parsed, dict | list) and all(_is_shown(leaf, text) for leaf in _leaves(parsed))
+
+
+def _leaves(value: Any) -> list[Any]:
+    """The texts, numbers and truth values inside a JSON value."""
+    if isinstance(value, dict | list):
+        return [leaf for item in (value.values() if isinstance(value, dict) else value) for leaf in _leaves(item)]
+    return [value]
+
+
 def _without_thinking(text: str, span: Span) -> list[Span]:
     """What is left of a span between its thinking blocks."""
     start, end = span
     left: list[Span] = []
-    for match in THINKING.finditer(text, start, end):
-        left.append((start, match.start()))
-        start = match.end()
+    while opening := THINKING_START.search(text, start, end):
+        closing = text.find(THINKING[opening[0]], opening.end(), end)
+        if closing < 0:
+            break
+        left.append((start, opening.start()))
+        start = closing + len(THINKING[opening[0]])
+        while start < end and text[start].isspace():
+            start += 1
     return [(a, b) for a, b in [*left, (start, end)] if a < b]
 
 

@@ -1,9 +1,13 @@
 """Work that is kept under the name of what it was made from: done once, whole or not at all."""
 
+import errno
 import hashlib
 import json
+import os
 import shutil
+import time
 from collections.abc import Callable, Iterable
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,8 @@ CODE = (
     "chat_format.py",
     "data_files.py",
     "data_formats.py",
+    "data_pipeline.py",
+    "data_report.py",
     "data_selection.py",
     "data_utils.py",
     "rejected_rows.py",
@@ -44,6 +50,7 @@ def data_key(paths: Iterable[str], tokenizer: PreTrainedTokenizerBase, settings:
         *(f"{name} {version(name)}" for name in PACKAGES),
         *((here / name).read_text(encoding="utf-8") for name in CODE),
         *(f"{path} {_content(path)}" for path in paths),
+        str(date.today()) if "strftime_now" in (tokenizer.chat_template or "") else "",
     ):
         digest.update(hashlib.sha256(part.encode()).digest())
     return digest.hexdigest()[:32]
@@ -67,7 +74,8 @@ def cached(directory: Path, key: str, build: Callable[[Path], None], overwrite: 
         UserError: the directory can't be written to; or by `build`.
     """
     target = directory / key
-    unfinished = directory / f"{key}.unfinished"
+    unfinished, replaced = directory / f"{key}.unfinished", directory / f"{key}.replaced"
+    start = time.time()
     lock = FileLock(directory / f"{key}.lock")
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -75,17 +83,26 @@ def cached(directory: Path, key: str, build: Callable[[Path], None], overwrite: 
     except OSError as error:
         raise UserError(f"--data_cache_dir {directory} can't be written to: {error.strerror}") from error
     try:
-        if overwrite:
-            shutil.rmtree(target, ignore_errors=True)
-        if target.is_dir():
+        if target.is_dir() and (not overwrite or target.stat().st_mtime > start):
             logger.info("Tokenised data from the cache: %s", target)
             return target
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
         build(unfinished)
+        if target.is_dir():  # others may be reading: it is whole at any time
+            target.rename(replaced)
         unfinished.rename(target)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise
+        free = shutil.disk_usage(directory).free / 2**30
+        raise UserError(
+            f"--data_cache_dir {directory}: {os.strerror(error.errno)}, {free:.1f} GiB are free; make room or choose "
+            "another directory"
+        ) from error
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        for leftover in (unfinished, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
         lock.release()
     logger.info("Tokenised data kept in %s", target)
     return target

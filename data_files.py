@@ -19,7 +19,9 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from dist_logger import UserError
+from dist_logger import UserError, get_logger
+
+logger = get_logger(__name__)
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
 COMPRESSED = (".gz", ".zst")  # .json and .jsonl alone
@@ -85,7 +87,11 @@ def find_data_files(patterns: list[str], flag: str, weights: list[float] | None 
         name, max_rows = (sample[1], int(sample[2])) if sample else (pattern, None)
         path = Path(name).expanduser()
         if path.is_dir():
-            files = sorted(str(p) for p in path.rglob("*") if is_data_file(p) and p.is_file())
+            everything = sorted(str(p) for p in path.rglob("*") if not p.is_dir())
+            files = [f for f in everything if is_data_file(Path(f)) and Path(f).is_file()]
+            if skipped := sorted(set(everything) - set(files)):
+                names = ", ".join(Path(f).name for f in skipped[:5])
+                logger.warning("%s: %d files that are not data are skipped: %s", path, len(skipped), names)
         elif path.is_file():
             files = [str(path)]
         else:
@@ -93,9 +99,15 @@ def find_data_files(patterns: list[str], flag: str, weights: list[float] | None 
         if not files:
             what = "no data file in this directory" if path.is_dir() else "no such file"
             problems.append(f"  {pattern}: {what}")
-        problems += [f"  {f}: not a {', '.join(SUFFIXES)} file" for f in files if not is_data_file(Path(f))]
         for f in files:
-            found.setdefault(Path(f).resolve(), DataFile(f, max_rows, weight))
+            file = DataFile(f, max_rows, weight)
+            known = found.setdefault(Path(f).resolve(), file)
+            if not is_data_file(Path(f)):
+                problems.append(f"  {f}: not a {', '.join(SUFFIXES)} file")
+            elif (known.max_rows, known.weight) != (max_rows, weight):
+                problems.append(f"  {f}: named twice, with different samples or weights")
+            elif f.encode("utf-8", "replace").decode() != f:
+                problems.append(f"  {f!a}: rename it, the name is not UTF-8")
     if problems:
         raise UserError(f"--{flag}:\n" + "\n".join(problems))
     return list(found.values())

@@ -33,6 +33,15 @@ USED_COLUMNS = {  # that must hold what the format says; others may hold anythin
     "alpaca": ("instruction", "input", "output", "system", "history", "chat_template_kwargs"),
     "prompt_completion": ("prompt", "completion", "tools", "chat_template_kwargs"),
 }
+TAKEN_ARGUMENTS = (
+    "add_generation_prompt",
+    "chat_template",
+    "continue_final_message",
+    "conversations",
+    "messages",
+    "return_assistant_tokens_mask",
+    "tools",
+)
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
@@ -136,6 +145,9 @@ class RowReader:
         kwargs = row["chat_template_kwargs"]
         if kwargs is not None and not isinstance(kwargs, dict):
             raise MalformedRow(f"'chat_template_kwargs' must be an object, not {kind(kwargs)}")
+        taken = [name for name in kwargs or () if name in TAKEN_ARGUMENTS]
+        if taken:
+            raise MalformedRow(f"'chat_template_kwargs' can't hold {taken[0]!r}, which the trainer gives the template")
         return CONVERTERS[self.format](row, self.role_map), _tools(row.get("tools")), kwargs
 
 
@@ -185,6 +197,8 @@ def _from_messages(row: dict[str, Any], role_map: dict[str, str]) -> list[dict[s
 
 def _from_sharegpt(row: dict[str, Any], role_map: dict[str, str]) -> list[dict[str, Any]]:
     messages = _messages(row["conversations"], "conversations", role_map)
+    if row["system"] and messages[0]["role"] == "system":
+        raise MalformedRow("there is a column 'system', and the conversation begins with a system message too")
     return _system(row) + messages
 
 

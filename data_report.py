@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from dft_loss import IGNORE_INDEX
 
 PERCENTILES = {"min": 0, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "p99": 99, "max": 100}
 GREEN, GREY, PLAIN = "\033[32m", "\033[90m", "\033[0m"
+CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a terminal would obey it
 PADDED_TO = 8  # tokens, see train_dft.py's collator
 SHUFFLES = 4  # of which the padding waste is the mean
 
@@ -171,8 +173,8 @@ def report_notes(report: dict[str, Any]) -> list[str]:
         notes.append(f"{total['duplicates']:,} rows repeat an earlier one: --dedup True drops them")
     if total["leaked"] and "leaked" not in total["rejected"]:
         notes.append(
-            f"{total['leaked']:,} training rows have the prompt of an evaluation row, so the evaluation says too much "
-            "good: --drop_leaked True drops them"
+            f"{total['leaked']:,} training rows have the prompt of an evaluation row, so the evaluation looks better "
+            "than it is: --drop_leaked True drops them"
         )
     if total["control_tokens_in_text"]:
         notes.append(
@@ -220,5 +222,5 @@ def show_row(row: SampleRow, tokenizer: PreTrainedTokenizerBase, color: bool | N
     text = ""
     for part, is_supervised in runs(row, tokenizer):
         before, after = marks[is_supervised]
-        text += before + part + after
+        text += before + CONTROL_CHARACTER.sub(lambda match: ascii(match[0])[1:-1], part) + after
     return f"{row.path}:{row.line}\n{text}"

@@ -15,7 +15,7 @@ from data_files import DataFile
 from data_formats import Conversation
 from dist_logger import UserError
 
-MARKS_OF_TRAINING = ("weight", "train")  # keys of a message that don't make it another message
+MARKS_OF_TRAINING = ("weight", "train")  # keys of a message that don't make its prompt another one
 
 
 @dataclass
@@ -45,21 +45,21 @@ class Selection:
 def digests(row: Conversation) -> tuple[int, int]:
     """Digests of a conversation and of its prompt, what stands before its last assistant turn.
 
-    White space around a message doesn't count. A prompt without a user's message is no prompt: it has the
-    digest of the whole.
+    White space around a message doesn't count. What is trained on (weights) and the template's arguments
+    belong to the conversation and not to the prompt. A prompt without a user's message is no prompt: it
+    has the digest of the whole.
     """
-    messages = [
-        {key: value.strip() if key == "content" else value for key, value in m.items() if key not in MARKS_OF_TRAINING}
-        for m in row.messages
-    ]
-    content = _digest([messages, row.tools])
+    messages = [{**m, "content": m["content"].strip()} for m in row.messages]
+    content = _digest([messages, row.tools, row.template_kwargs])
     last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=0)
-    has_question = any(m["role"] == "user" for m in messages[:last])
-    return content, _digest([messages[:last], row.tools]) if has_question else content
+    if not any(m["role"] == "user" for m in messages[:last]):
+        return content, content
+    prompt = [{key: value for key, value in m.items() if key not in MARKS_OF_TRAINING} for m in messages[:last]]
+    return content, _digest([prompt, row.tools])
 
 
 def _digest(value: object) -> int:
-    text = json.dumps(value, ensure_ascii=False, sort_keys=True)
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
 
@@ -112,6 +112,8 @@ def select(
     if drop_leaked:
         dropped["leaked"] = leaked & ~evaluation
         train = train & ~leaked
+        if not train.any():
+            raise UserError("--drop_leaked leaves no training row: all have the prompt of an evaluation row")
     return Selection(train, evaluation, duplicate, leaked, dropped)
 
 
@@ -136,7 +138,7 @@ def hold_out(prompt: np.ndarray, among: np.ndarray, percentage: float, max_rows:
 
     Args:
         prompt: uint64 [R]. among: bool [R], the rows to choose from.
-        percentage: share to hold out; above 0, at least one row.
+        percentage: share to hold out; above 0, at least one row, or all rows of one prompt.
         max_rows: most rows held out, None or 0 for no limit.
 
     Raises:
@@ -154,6 +156,9 @@ def hold_out(prompt: np.ndarray, among: np.ndarray, percentage: float, max_rows:
             room -= counts[index]
         if room == 0:
             break
+    smallest = np.argmin(counts[order]) if len(order) else 0
+    if not chosen and len(prompts) > 1 and counts[order[smallest]] <= (max_rows or num_rows):
+        chosen = [order[smallest]]
     if not chosen or len(chosen) == len(prompts):
         raise UserError(
             f"{num_rows} rows with {len(prompts)} different prompts can't be split into training and evaluation: add "
@@ -178,4 +183,6 @@ def mix(file: np.ndarray, files: list[DataFile], seed: int) -> np.ndarray | None
         own = np.flatnonzero(file == index)
         copies[own] = int(some.weight)
         copies[sample(own, round(len(own) * (some.weight % 1)), rng)] += 1
+    if not copies.any():
+        raise UserError(f"--data_weights {[f.weight for f in files]} leave no row to train on")
     return np.repeat(np.arange(len(file)), copies)

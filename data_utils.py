@@ -38,7 +38,7 @@ from data_pipeline import (
 )
 from data_report import FileStatistics, SampleRow, make_report
 from data_selection import Catalogue, Selection, mix, select
-from dist_logger import get_logger
+from dist_logger import UserError, get_logger
 from rejected_rows import RejectedRows
 from worker_pool import WorkerPool
 
@@ -162,7 +162,8 @@ def prepare_in_cache(
     train = find_data_files(data_files, "data_files", data_weights)
     held_out = find_data_files(eval_data_files, "eval_data_files") if eval_data_files else []
     files = _merge_files(train, held_out)
-    sides = [[file.path for file in some] for some in (train, held_out)]
+    path_of = {Path(file.path).resolve(): file.path for file in files}
+    sides = [[path_of[Path(file.path).resolve()] for file in some] for some in (train, held_out)]
     template = {"train_on": chat_format.train_on, "mask_thinking": chat_format.mask_thinking}
     described = {**settings, **template, "files": [vars(file) for file in files], "sides": sides}
     key = data_key([file.path for file in files], chat_format.tokenizer, described)
@@ -180,16 +181,19 @@ def prepare_in_cache(
 
 def _merge_files(train: list[DataFile], held_out: list[DataFile]) -> list[DataFile]:
     """Every file once."""
-    known = {Path(file.path).resolve(): file.path for file in train}
-    files = list(train)
+    known = {Path(file.path).resolve(): file for file in train}
     for file in held_out:
-        if Path(file.path).resolve() in known:
+        same = known.setdefault(Path(file.path).resolve(), file)
+        if same is not file:
             logger.warning(
                 "%s is both training and evaluation data: the evaluation says nothing about new rows", file.path
             )
-        if file.path not in {f.path for f in files}:
-            files.append(file)
-    return files
+            if same.max_rows != file.max_rows:
+                raise UserError(
+                    f"--data_files and --eval_data_files take different samples of {file.path}: give the same #N, or "
+                    "let rows be held out with --validation_split_percentage"
+                )
+    return list(known.values())
 
 
 def _build(
@@ -209,12 +213,7 @@ def _build(
     **selection_settings: Any,
 ) -> None:
     """Fills a directory with tokens.arrow, rows.npz, report.json and rejected.jsonl."""
-    readers = [
-        RowReader(file.path, detect_format(file.path) if data_format == "auto" else data_format, role_map or {})
-        for file in files
-    ]
-    for reader in readers:
-        logger.info("%s holds rows of the format %s", reader.path, reader.format)
+    readers = [_reader(file.path, data_format, role_map) for file in files]
     train_files, eval_files = ([i for i, file in enumerate(files) if file.path in side] for side in sides)
     with (
         RejectedRows(directory / "rejected.jsonl", data_validation, truncation) as rejected,
@@ -245,6 +244,12 @@ def _build(
         length=np.concatenate([some.length for some in statistics]),
     )
     (directory / "report.json").write_text(json.dumps(report, ensure_ascii=False), encoding="utf-8")
+
+
+def _reader(path: str, data_format: str, role_map: dict[str, str] | None) -> RowReader:
+    reader = RowReader(path, detect_format(path) if data_format == "auto" else data_format, role_map or {})
+    logger.info("%s holds rows of the format %s", path, reader.format)
+    return reader
 
 
 def _dropped(rows: Catalogue, chosen: Selection, readers: list[RowReader]) -> Iterator[Rejected]:

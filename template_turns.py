@@ -10,6 +10,8 @@ once, with small conversations, how a plain turn, a tool call and a thinking blo
 the first control token after its text that doesn't belong inside a turn.
 """
 
+import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +25,8 @@ THINKING_TAG = re.compile(r"(</?think>)")
 WORD = re.compile(r"\S(?:.*\S)?", re.DOTALL)
 PROBE_TOOL = {"type": "function", "function": {"name": "probe_tool", "description": "d", "parameters": {}}}
 PROBE_CALL = {"id": "aBc123xYz", "type": "function", "function": {"name": "probe_tool", "arguments": {"key": "value"}}}
+# what a template, which is a stranger's program, may raise
+TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 Render = Callable[..., str]  # (messages, tools, template_kwargs, add_generation_prompt=False) -> text
 Span = tuple[int, int]  # characters [start, end) of the rendered text
 
@@ -72,13 +76,13 @@ class TurnFinder:
         try:
             without = self.render(messages, None, None)
             prompted = self.render(messages, None, None, add_generation_prompt=True)
-        except (jinja2.TemplateError, TypeError, ValueError):
+        except TEMPLATE_ERRORS:
             return ""
         start = next((i for i, (a, b) in enumerate(zip(without, prompted, strict=False)) if a != b), len(without))
         for match in self.control.finditer(prompted):
             if match.start() < start < match.end():  # the two differ inside a token
                 start = match.start()
-        return prompted[start:].partition("<think>")[0]
+        return prompted[start:].partition("<think>")[0].rstrip(" ")
 
     def _learn(self) -> None:
         """How turns begin and end, from conversations that most templates take."""
@@ -87,10 +91,18 @@ class TurnFinder:
         call = {"role": "assistant", "content": "", "tool_calls": [PROBE_CALL]}
         result = {"role": "tool", "content": "result", "name": "probe_tool", "tool_call_id": PROBE_CALL["id"]}
         for anchors, text in self._probe([question, answer, {**question, "content": "other"}, answer], None):
-            for number in (1, 3):  # in the middle and at the end
+            closings = []  # what follows the answer in the middle and the one at the end
+            for number in (1, 3):
                 position = max((a.end for a in anchors if a.number == number), default=len(text))
-                end = self.control.search(text, position, self._next(anchors, number, text))
-                self.plain_ends |= {end[0]} if end else set()
+                closings.append(text[position : self._next(anchors, number, text)])
+            # a turn may close with several tokens (Command R's): what both have in common belongs to it
+            common = os.path.commonprefix(closings)
+            tokens = [m[0] for m in self.control.finditer(common)]
+            if tokens:
+                self.plain_ends = {self.eos_token if self.eos_token in tokens else tokens[-1]}
+            else:
+                firsts = (self.control.search(closing) for closing in closings)
+                self.plain_ends = {m[0] for m in firsts if m}
         plain = next(iter(self._probe([question, answer], None)), None)
         if plain is None:
             return
@@ -117,7 +129,7 @@ class TurnFinder:
         """Anchors and text of a small conversation; nothing where the template refuses it."""
         try:
             text, anchors = self._anchored(messages, tools, None)
-        except (jinja2.TemplateError, TypeError, ValueError):
+        except TEMPLATE_ERRORS:
             return []
         return [(anchors, text)] if {0, 1} <= {a.number for a in anchors} else []
 
@@ -167,12 +179,16 @@ class TurnFinder:
         leading = text[before : anchor.start]
         for header in filter(None, (self.header, self.begin)):
             if header in leading:  # a turn of several parts repeats its header: the first is the turn's
+                if leading.count(header) > 1 and not self.control.search(header):
+                    raise TurnNotFound("the header of a turn is plain text and stands in the tools or elsewhere too")
                 return before + leading.index(header) + len(header)
         found = [leading.index(opener) for opener in self.openers if opener in leading]
         if not found and anchor.part != "content":
             raise TurnNotFound("the template has no header before a tool call or a thinking block")
         leading = leading[: min(found)] if found else leading
         tokens = list(self.control.finditer(leading))
+        if tokens and not found and THINKING_TAG.sub("", leading[tokens[-1].end() :]).strip():
+            raise TurnNotFound("the turn's header is not the one of the generation prompt")
         return before + (tokens[-1].end() if tokens else len(leading.rstrip(" ")))
 
     def _rest_before_question(self, messages: list[dict], tools: list | None, template_kwargs: dict | None) -> str:
@@ -198,10 +214,12 @@ class TurnFinder:
         self, messages: list[dict], tools: list | None, template_kwargs: dict | None
     ) -> tuple[str, list[_Anchor]]:
         """The rendered text, without anchors, and where they were."""
-        marked = [
-            _with_anchors(message, number if message["role"] == "assistant" else messages.index(message))
-            for number, message in enumerate(messages)
-        ]
+        first: dict[str, int] = {}  # equal messages stay equal, which some templates look at
+        marked = []
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                number = first.setdefault(json.dumps(message, default=str), number)
+            marked.append(_with_anchors(message, number))
         text = self.render(marked, tools, template_kwargs)
         parts: list[str] = []
         anchors: list[_Anchor] = []

@@ -20,6 +20,8 @@ from transformers import PreTrainedTokenizerBase
 MARK_START, MARK_END = "\ue0f0", "\ue0f1"  # private-use characters
 MARKS = re.compile(f"[{MARK_START}{MARK_END}]")
 MAX_CACHED_CHARACTERS = 4_000_000
+# what the tokenizers library takes for white space; str.strip also takes U+001C to U+001F
+WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 PROBE = "{0}a b\n{1} c\n\n{0}{1}  d{0} \n e é中 {1}"  # every cut that a render makes, with two control tokens
 
 
@@ -101,11 +103,11 @@ class TextEncoder:
                 starts.append(text_end if part in self._strips_before else start)
                 continue
             if i > 0 and parts[i - 1] in self._strips_after:
-                stripped = part.lstrip()
+                stripped = part.lstrip(WHITE_SPACE)
                 start += len(part) - len(stripped)
                 part = stripped
             if i + 1 < len(parts) and parts[i + 1] in self._strips_before:
-                part = part.rstrip()
+                part = part.rstrip(WHITE_SPACE)
             text_end = start + len(part)
             if part:
                 segments.append(part if i > 0 else _AT_START + part)
@@ -222,6 +224,9 @@ def _is_cuttable(tokenizer: PreTrainedTokenizerBase) -> bool:
     added = tokenizer.added_tokens_decoder.values()
     special = [token for token in added if token.special]
     others = [token.content for token in added if not token.special]
+    strips = any(token.lstrip or token.rstrip for token in special)
+    if strips and any(t.content != t.content.strip() or t.lstrip or t.rstrip for t in added if not t.special):
+        return False  # both want the same white space
     has_normalizer = tokenizer.backend_tokenizer.normalizer is not None
     if any(token.single_word or (token.normalized and has_normalizer) for token in special):
         return False

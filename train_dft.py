@@ -213,8 +213,9 @@ def show_data(
         elif data_args.debug_data_processing:
             logger.debug("sample row %r", show_row(row, tokenizer, color=False))
     if data_args.debug_data_processing:
-        for line in (out / "rejected.jsonl").read_text(encoding="utf-8").splitlines():
-            logger.debug("dropped %s", line)
+        with open(out / "rejected.jsonl", encoding="utf-8") as file:
+            for line in file:
+                logger.debug("dropped %s", line.rstrip("\n"))
 
 
 def load_config(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:

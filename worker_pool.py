@@ -1,13 +1,17 @@
 """Tasks for a few processes, in order, with few of them in memory at once."""
 
+import ctypes
 import multiprocessing
 import os
+import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any
 
 TASKS_PER_WORKER = 3  # waiting or at work
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 class WorkerPool:
@@ -18,8 +22,9 @@ class WorkerPool:
     """
 
     def __init__(self, num_workers: int, shared: Any):
-        self.num_workers = max(1, min(num_workers, os.cpu_count() or 1))
+        self.num_workers = max(1, min(num_workers, len(os.sched_getaffinity(0))))
         self.shared = shared
+        self._parallelism = os.environ.get("TOKENIZERS_PARALLELISM")
         self._executor: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> "WorkerPool":
@@ -32,6 +37,10 @@ class WorkerPool:
     def __exit__(self, *exception: object) -> None:
         if self._executor is not None:
             self._executor.shutdown(cancel_futures=True)
+            if self._parallelism is None:
+                del os.environ["TOKENIZERS_PARALLELISM"]
+            else:
+                os.environ["TOKENIZERS_PARALLELISM"] = self._parallelism
 
     def map(self, function: Callable, tasks: Iterable[tuple]) -> Iterator[tuple[tuple, Any]]:
         """(task, function(shared, *task)) for every task, in order."""
@@ -53,7 +62,10 @@ _SHARED: list[Any] = []  # one, of this worker
 
 
 def _share(shared: Any) -> None:
+    """The start of a worker, which ends with the process that made it, even if that is killed."""
     _SHARED.append(shared)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _run(function: Callable, task: tuple) -> Any:

@@ -1,17 +1,22 @@
 """Reading, validating, merging, splitting, tokenising and reporting: nothing is lost or changed in silence."""
 
+import errno
 import json
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from concurrent.futures.process import BrokenProcessPool
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
-from conftest import CHATML_TEMPLATE, write_jsonl
+from conftest import CHATML_TEMPLATE, ROOT, run, write_jsonl
 
+import data_cache
 import data_utils
 from chat_format import ChatFormat
 from data_cache import cached
@@ -195,13 +200,32 @@ def test_evaluation_files(tmp_path, prepare, tokenizer):
     assert data.report["files"][1]["not_sampled"] == 13
 
 
+def test_weights_that_leave_nothing_are_refused(tmp_path, prepare):
+    with pytest.raises(UserError, match="--data_weights .* leave no row"):
+        prepare([write_jsonl(tmp_path / "a.jsonl", [chat()])], data_weights=[0.0])
+
+
+def test_one_file_with_two_samples_is_refused(tmp_path, prepare):
+    path = write_jsonl(tmp_path / "a.jsonl", [chat(str(i)) for i in range(20)])
+    with pytest.raises(UserError, match="named twice, with different samples or weights"):
+        prepare([path, f"{path}#5"])
+    with pytest.raises(UserError, match="take different samples of"):
+        prepare([path], [f"{path}#5"])
+
+
+def test_parquet_with_dates_in_its_messages(tmp_path, prepare):
+    messages = [{**message, "sent": datetime(2026, 1, 1)} for message in chat()["messages"]]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": messages}]), tmp_path / "a.parquet")
+    assert len(prepare([tmp_path / "a.parquet"]).train) == 1
+
+
 def test_evaluating_on_the_training_data_is_said(tmp_path, prepare, caplog):
     path = write_jsonl(tmp_path / "a.jsonl", [chat(str(i)) for i in range(5)])
     data = prepare([path], [path])
     assert len(data.train) == len(data.evaluation) == 5
     assert data.report["total"]["rows_read"] == data.report["total"]["leaked"] == 5
     assert "both training and evaluation data" in caplog.text
-    with pytest.raises(UserError, match="no row of --data_files is left"):
+    with pytest.raises(UserError, match="--drop_leaked leaves no training row"):
         prepare([path], [path], drop_leaked=True)
 
 
@@ -240,7 +264,7 @@ def test_samples_and_weights(tmp_path, prepare, tokenizer):
 
 def test_a_killed_worker_ends_the_run(tmp_path, chat_format, monkeypatch, prepare):
     path = write_jsonl(tmp_path / "a.jsonl", [chat(f"q{i}") for i in range(300)])
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     monkeypatch.setattr(chat_format, "encode_batch", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(BrokenProcessPool):
         prepare([path], num_workers=2)
@@ -248,7 +272,7 @@ def test_a_killed_worker_ends_the_run(tmp_path, chat_format, monkeypatch, prepar
 
 
 def test_workers_give_the_same_rows(tmp_path, prepare, monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     files = [write_jsonl(tmp_path / f"{n}.jsonl", [chat(f"{n}{i}", f"no. {i}") for i in range(400)]) for n in "ab"]
     alone = prepare(files, num_workers=1, cache_dir=tmp_path / "1").train
     together = prepare(files, num_workers=2, cache_dir=tmp_path / "2").train
@@ -381,6 +405,30 @@ def test_two_at_once_build_once_and_a_killed_build_leaves_nothing(tmp_path):
     assert not (tmp_path / "key.unfinished").exists()
 
 
+def test_the_key_covers_all_the_code_that_makes_the_data():
+    """Every module that data_utils needs, but for those that don't decide what is made."""
+    script = "import sys, data_utils; print(*(m.__file__ for m in sys.modules.values() if getattr(m, '__file__', 0)))"
+    loaded = {Path(name) for name in run([sys.executable, "-c", script]).stdout.split()}
+    ours = {path.name for path in loaded if path.parent == ROOT}
+    assert ours - set(data_cache.CODE) == {"data_cache.py", "dft_loss.py", "dist_logger.py", "worker_pool.py"}
+
+
+def test_a_disk_that_is_full_is_said(tmp_path):
+    def build(directory):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(UserError, match=r"--data_cache_dir .*No space left on device, .* GiB are free"):
+        cached(tmp_path, "key", build)
+    assert not list(tmp_path.glob("key*/"))
+
+
+def test_a_cached_entry_can_be_read_while_it_is_made_anew(tmp_path, prepare):
+    path = write_jsonl(tmp_path / "a.jsonl", [chat(f"q{i}") for i in range(20)])
+    before = prepare([path]).train
+    assert prepare([path], overwrite_cache=True).train.to_dict() == before.to_dict()
+    assert [p.name for p in (tmp_path / "cache").iterdir() if p.suffix] == [f"{prepare([path]).directory.name}.lock"]
+
+
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, prepare):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="--data_cache_dir .*file can't be written to"):
@@ -400,6 +448,8 @@ def test_show_row_marks_what_is_supervised(tmp_path, prepare, tokenizer, monkeyp
     assert "\033[32m" in show_row(data.samples[0], tokenizer)
     monkeypatch.setenv("NO_COLOR", "1")
     assert "[[Because." in show_row(data.samples[0], tokenizer)
+    data = prepare([write_jsonl(tmp_path / "b.jsonl", [chat("\x1b[2J", "a\tb")])])
+    assert "\\x1b[2J<|im_end|>\n" in show_row(data.samples[0], tokenizer, color=False)
 
 
 def test_batches_in_the_report(tmp_path, prepare):

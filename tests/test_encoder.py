@@ -32,6 +32,7 @@ PIECES = [
     "|>",
     ".",
     "\u3000",
+    "\x1c",
 ]
 CORPUS = ["The cat sat. a.\n\nb", "one\n\n\ntwo 123", "中文 🙂 é e\u0301 ﬁ Ⅳ", "  indented\n  text ’"] * 20
 
@@ -73,8 +74,8 @@ def wordpiece() -> PreTrainedTokenizerFast:
     )
 
 
-def with_special(**flags) -> PreTrainedTokenizerFast:
-    tokenizer = bpe()
+def with_special(added=(), **flags) -> PreTrainedTokenizerFast:
+    tokenizer = bpe(added=added)
     tokenizer.add_tokens([AddedToken("<x>", special=True, **flags)], special_tokens=True)
     return tokenizer
 
@@ -98,6 +99,9 @@ TOKENIZERS = {
 NOT_CUTTABLE = {
     "single word": lambda: with_special(single_word=True, normalized=False),
     "normalized": lambda: trained_with_normalized(),
+    "strip and added white space": lambda: with_special(
+        rstrip=True, normalized=False, added=[AddedToken("\n\n", normalized=False)]
+    ),
     "overlapping": lambda: bpe(added=[AddedToken("The cat<", normalized=False)]),
     "containing": lambda: bpe(added=[AddedToken("a<s>", normalized=False)]),
 }

@@ -25,7 +25,7 @@ import data_files
 from data_files import read_rows
 from data_formats import ROLES, Conversation, Rejected
 
-set_hypothesis_home_dir(tempfile.gettempdir())
+set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")
 EXAMPLES = int(os.environ.get("EXAMPLES", 500))
 thorough = settings(max_examples=EXAMPLES, derandomize="EXAMPLES" not in os.environ, deadline=None, database=None)
 

@@ -53,6 +53,7 @@ BROKEN = {  # not JSON; in an array all that follows is lost
     "two objects on one line": (ROW + b" " + OTHER, "broken JSON: Extra data at column 91"),
     "two objects that touch": (ROW + OTHER, "Extra data"),
     "comma after the row": (ROW + b",", "Extra data"),
+    "line separator after the row": (ROW + "\u2028".encode(), "Extra data"),
     "byte-order mark in the middle": (MARK + ROW, "Expecting value"),
     "nested 100,000 deep": (b'{"x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
     "990 deep": (ROW[:-1] + b', "tools": [{"x": ' + b"[" * 990 + b"]" * 990 + b"}]}", "nested too deeply"),
@@ -361,3 +362,13 @@ def test_long_rows_are_refused(tmp_path, monkeypatch, shape, chunk):
     assert (questions(kept), rejected.line, rejected.reason) == (["one"], 2, reason)
     assert "of more than 1 MiB" in rejected.detail
     assert len(rejected.row) < len(rows[1]) + 100
+
+
+@pytest.mark.parametrize("chunk", range(1, 12))
+def test_numbers_are_not_cut(tmp_path, monkeypatch, chunk):
+    """A number ends only where the next character shows it, wherever the reads of the file end."""
+    monkeypatch.setattr(data_files, "CHUNK", chunk)
+    rows = read(write(tmp_path / "a.json", b"[1.25,-2.5e+10 ,30,true,-0.5E-3, " + ROW + b"]"))
+    numbers = ["the number 1.25", "the number -25000000000.0", "the number 30", "true or false", "the number -0.0005"]
+    assert [row.detail for row in rows[:-1]] == [f"a row must be a JSON object, not {number}" for number in numbers]
+    assert questions(rows) == ["one"]

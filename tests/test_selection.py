@@ -103,7 +103,10 @@ def row(*messages: tuple[str, str], tools=None, **assistant) -> Conversation:
 def test_digests():
     chat = (("user", "Q"), ("assistant", "A"))
     content, prompt = digests(row(*chat))
-    assert digests(row(("user", " Q\n"), ("assistant", "A"), weight=0.5)) == (content, prompt)
+    assert digests(row(("user", " Q\n"), ("assistant", "A"))) == (content, prompt)
+    weighted = digests(row(*chat, weight=0.5))
+    assert weighted[0] != content  # other labels
+    assert weighted[1] == prompt
     other = digests(row(("user", "Q"), ("assistant", "B")))
     assert other[0] != content
     assert other[1] == prompt
