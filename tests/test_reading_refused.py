@@ -192,6 +192,11 @@ OTHER_FORMATS = {
         {"conversations": [user()], "system": []},
         "'system' must be text, not empty (a list)",
     ),
+    "two system prompts": (
+        "sharegpt",
+        {"conversations": [{"from": "system", "value": "x"}, user()], "system": "y"},
+        "begins with a system message too",
+    ),
     "no output": ("alpaca", {"instruction": "x"}, "no 'output' (found 'instruction')"),
     "output null": ("alpaca", {"instruction": "x", "output": None}, "'output' must be text, not null"),
     "output a list": ("alpaca", {"instruction": "x", "output": ["y"]}, "'output' must be text, not a list"),
