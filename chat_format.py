@@ -26,11 +26,13 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from data_formats import MalformedRow, decode, function_of
+from data_formats import function_of
 from dft_loss import IGNORE_INDEX
 from dist_logger import UserError, get_logger
+from render_check import not_rendered, verify
+from strict_json import MalformedRow, decode
 from template_turns import TEMPLATE_ERRORS, Span, TurnFinder, TurnNotFound
-from text_encoder import MARK_END, MARK_START, MARKS, TextEncoder, one_of
+from text_encoder import MARK_END, MARK_START, TextEncoder, one_of
 from training_row import Example, RowRejected
 
 logger = get_logger(__name__)
@@ -209,7 +211,7 @@ class ChatFormat:
                 raise
             # some templates (DeepSeek's) want the arguments of tool calls as JSON in a text
             text, spans = self._find_turns(_with_arguments(messages, as_text=True), tools, template_kwargs)
-        self._verify(text, spans, messages)
+        verify(text, spans, messages)
         return text, spans
 
     def _find_turns(
@@ -280,28 +282,6 @@ class ChatFormat:
             return after.end()
         raise RowRejected("no_end_of_turn", "an assistant turn is not followed by an end-of-turn token")
 
-    def _verify(self, text: str, spans: list[Span], messages: list[dict]) -> None:
-        """Every assistant turn has its span, in order, with its text; every other text is in the render."""
-        turns = [m for m in messages if m["role"] == "assistant"]
-        if len(turns) != len(spans):
-            raise RowRejected("unverified_mask", f"{len(turns)} assistant turns, {len(spans)} found in the render")
-        position = 0
-        for turn, (start, end) in zip(turns, spans, strict=True):
-            if start < position:
-                raise RowRejected("unverified_mask", "two assistant turns overlap in the render")
-            position = end
-            span = text[start:end]
-            content = (turn.get("content") or "").strip()
-            # reasoning models drop the thinking of earlier turns from the render
-            answer = content.split("</think>")[-1].strip()
-            if content not in span and (answer not in span or not (answer or turn.get("tool_calls"))):
-                raise RowRejected("unverified_mask", f"an assistant turn is not in the render: {content[:60]!r}")
-            _verify_calls(turn.get("tool_calls") or [], span.replace(content, "", 1))
-        for message in messages:
-            content = (message.get("content") or "").strip()
-            if message["role"] != "assistant" and not _is_shown(content, text):
-                raise RowRejected("message_not_rendered", f"the template leaves out a {message['role']} message")
-
     # ---- tokenising -----------------------------------------------------------------------------
 
     def encode(self, messages: list[dict], tools: list | None = None, template_kwargs: dict | None = None) -> Example:
@@ -349,7 +329,7 @@ class ChatFormat:
         kept = [(span, weight) for span, weight in zip(spans, weights, strict=True) if weight > 0]
         if not kept:
             raise RowRejected("nothing_to_train_on", "every assistant turn has the weight 0 or isn't asked for")
-        return _Rendered(text, [s for s, _ in kept], [w for _, w in kept], self._not_rendered(text, messages, tools))
+        return _Rendered(text, [s for s, _ in kept], [w for _, w in kept], not_rendered(text, messages, tools))
 
     def _example(self, row: _Rendered, tokens: tuple[np.ndarray, list[int]] | None) -> Example | RowRejected:
         if tokens is None:
@@ -364,47 +344,6 @@ class ChatFormat:
             if weights is not None:
                 weights[first:last] = weight
         return Example(ids, labels, weights, MARK_START in row.text, row.not_rendered)
-
-    @staticmethod
-    def _not_rendered(text: str, messages: list[dict], tools: list | None) -> tuple[str, ...]:
-        shown = {
-            "reasoning_content": [m["reasoning_content"].strip() for m in messages if m.get("reasoning_content")],
-            "tools": [str(function_of(tool).get("name")) for tool in tools or []],
-        }
-        if any(shown.values()):
-            text = MARKS.sub("", text)
-        return tuple(name for name, parts in shown.items() if parts and not any(part in text for part in parts))
-
-
-def _verify_calls(calls: list[dict], text: str) -> None:
-    """Every tool call is in the text, in order, with its arguments."""
-    position = 0
-    for call in calls:
-        name = function_of(call).get("name", "")
-        found = text.find(name, position)
-        if found < 0 or not all(_is_shown(value, text) for value in _leaves(function_of(call).get("arguments"))):
-            raise RowRejected("unverified_mask", f"the call of tool {name!r} is not in its turn, or not whole")
-        position = found + len(name)
-
-
-def _is_shown(value: Any, text: str) -> bool:
-    """Whether a value stands in the text: as it is, as in JSON, or, where it is JSON, by its parts."""
-    if not isinstance(value, str):
-        return json.dumps(value) in text or str(value) in text
-    if any(form in text for form in (value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1])):
-        return True
-    try:
-        parsed = decode(value)
-    except MalformedRow:
-        return False
-    return isinstance(parsed, dict | list) and all(_is_shown(leaf, text) for leaf in _leaves(parsed))
-
-
-def _leaves(value: Any) -> list[Any]:
-    """The texts, numbers and truth values inside a JSON value."""
-    if isinstance(value, dict | list):
-        return [leaf for item in (value.values() if isinstance(value, dict) else value) for leaf in _leaves(item)]
-    return [value]
 
 
 def _without_thinking(text: str, span: Span) -> list[Span]:

@@ -32,6 +32,8 @@ CODE = (
     "data_selection.py",
     "data_utils.py",
     "rejected_rows.py",
+    "render_check.py",
+    "strict_json.py",
     "template_turns.py",
     "text_encoder.py",
     "training_row.py",

@@ -20,6 +20,7 @@ import pyarrow
 import pyarrow.parquet
 
 from dist_logger import UserError, get_logger
+from strict_json import json_problem
 
 logger = get_logger(__name__)
 
@@ -351,15 +352,6 @@ def _end_of_item(window: _TextWindow) -> int | str:
 
 def _too_long(what: str) -> str:
     return f"{what} of more than {MAX_ROW_BYTES >> 20} MiB"
-
-
-def json_problem(error: Exception) -> str:
-    """What is wrong with JSON, in words."""
-    if isinstance(error, json.JSONDecodeError):
-        return f"broken JSON: {error.msg} at column {error.colno}"
-    if isinstance(error, RecursionError):
-        return "broken JSON: nested too deeply"
-    return f"broken JSON: {error}"
 
 
 def _parquet_rows(path: str) -> Iterator[RawRow]:

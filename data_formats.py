@@ -9,16 +9,14 @@ A row is checked by itself, so columns that clash between rows or files never ma
 """
 
 import json
-import math
-import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from data_files import RawRow, json_problem, read_rows
+from data_files import RawRow, read_rows
+from strict_json import MalformedRow, RepeatedKey, decode, kind, refuse_odd_values
 
 FORMATS = ("messages", "sharegpt", "alpaca", "prompt_completion")
 COLUMNS = {  # that a format is known by
@@ -51,7 +49,6 @@ SHAREGPT_ROLES = {
     "function_call": "assistant",  # its value is the call
 }
 ROWS_TO_LOOK_AT = 100  # to tell a file's format
-SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @dataclass
@@ -82,19 +79,6 @@ class Rejected:
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line}: {self.detail}"
-
-
-class MalformedRow(ValueError):
-    """What is wrong with one row."""
-
-
-class RepeatedKey(dict):
-    """A JSON object that names one of its keys twice."""
-
-    def __init__(self, pairs: list[tuple[str, Any]]):
-        super().__init__(pairs)
-        keys = Counter(key for key, _ in pairs)
-        self.repeated = [key for key, times in keys.items() if times > 1]
 
 
 # ---- one row ------------------------------------------------------------------------------------
@@ -141,7 +125,7 @@ class RowReader:
         if missing:
             raise MalformedRow(_missing(missing[0], row))
         row = {column: row.get(column) for column in used}
-        _refuse_odd_values(list(row.values()))
+        refuse_odd_values(list(row.values()))
         kwargs = row["chat_template_kwargs"]
         if kwargs is not None and not isinstance(kwargs, dict):
             raise MalformedRow(f"'chat_template_kwargs' must be an object, not {kind(kwargs)}")
@@ -186,6 +170,26 @@ def read_file(path: str, data_format: str = "auto", role_map: dict[str, str] | N
     """
     reader = RowReader(path, detect_format(path) if data_format == "auto" else data_format, role_map or {})
     return map(reader.read, read_rows(path))
+
+
+def parse(raw: RawRow) -> Any:
+    """The value of a row.
+
+    Raises:
+        MalformedRow: it is not JSON.
+    """
+    if raw.value is not None:
+        return _without_nulls(raw.value)
+    return decode(raw.text)
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value of Parquet without the nulls that its one schema for all rows fills in."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
 
 
 # ---- the formats --------------------------------------------------------------------------------
@@ -262,7 +266,7 @@ def _tools(tools: Any) -> list[dict] | None:
 def _json_in_text(text: str, what: str) -> Any:
     try:
         value = decode(text)
-        _refuse_odd_values(value)
+        refuse_odd_values(value)
     except MalformedRow as error:
         raise MalformedRow(f"{what} is a text that isn't JSON ({error})") from error
     return value
@@ -340,73 +344,3 @@ def _text_part(part: Any, place: str) -> str:
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return part["text"]
     raise MalformedRow(f"{place}: only text parts are supported in 'content', not {str(part)[:60]!r}")
-
-
-# ---- strict JSON --------------------------------------------------------------------------------
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    return result if len(result) == len(pairs) else RepeatedKey(pairs)
-
-
-DECODER = json.JSONDecoder(object_pairs_hook=_object)  # NaN and Infinity become floats, see _refuse_odd_values
-
-
-def parse(raw: RawRow) -> Any:
-    """The value of a row.
-
-    Raises:
-        MalformedRow: it is not JSON.
-    """
-    if raw.value is not None:
-        return _without_nulls(raw.value)
-    return decode(raw.text)
-
-
-def decode(text: str) -> Any:
-    """The value of strict JSON; a repeated key makes a RepeatedKey.
-
-    Raises:
-        MalformedRow: it is not JSON.
-    """
-    try:
-        value = DECODER.decode(text)
-        if SURROGATE_ESCAPE.search(text):  # UTF-8 holds no half of a pair, only an escape can make one
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise MalformedRow("a string holds half of a surrogate pair (\\ud800 to \\udfff)") from error
-    except (ValueError, RecursionError) as error:
-        raise MalformedRow(json_problem(error)) from error
-    return value
-
-
-def _without_nulls(value: Any) -> Any:
-    """A value of Parquet without the nulls that its one schema for all rows fills in."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    return value
-
-
-def _refuse_odd_values(value: Any) -> None:
-    """Raises MalformedRow for a repeated key or a number that JSON doesn't have, anywhere inside `value`."""
-    if isinstance(value, RepeatedKey):
-        raise MalformedRow(f"the key {value.repeated[0]!r} stands twice in one object")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise MalformedRow("NaN and Infinity are not JSON")
-    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _refuse_odd_values(item)
-
-
-def kind(value: Any) -> str:
-    """What a JSON value is, in words for an error."""
-    if value is None:
-        return "null"
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
-    if value in ([], {}, ""):
-        return f"empty ({names[type(value)]})"
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return f"the number {value!s:.60}"
-    return names.get(type(value), f"of the type {type(value).__name__}")
