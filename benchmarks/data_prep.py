@@ -142,8 +142,8 @@ def describe(found: dict[Case, list[dict[str, Any]]], about: dict[str, Any], rou
         "\n".join(speed),
         "## What is in the seconds",
         f"""\
-- The tokenizer alone: one call over all texts, read and rendered before ({median(r["render_seconds"] for r in limit):.2f}
-  s for the rendering), tokens left in memory. With two processes: its own two threads.
+- The tokenizer alone: one call over all texts, read and rendered before, tokens left in memory (the rendering took
+  {median(r["render_seconds"] for r in limit):.2f} s). With two processes: its own two threads.
 - The others: from the JSONL file to ids and labels on the disk, nothing cached, the file in memory (page cache).
   Imports, loading the tokenizer ({median(r["loading"] for r in cached):.2f} s) and what is done once for it
   ({median(r["construction"] for r in cached):.2f} s) are not in them.
