@@ -44,23 +44,24 @@ Case = tuple[str, str, int]  # corpus, way, processes
 def cases(quick: bool, with_trl: bool) -> list[Case]:
     """What is measured in each round; `cached` needs `ours` before it."""
     peers = ["seed", "trl"] if with_trl else ["seed"]
-    found: list[Case] = []
-    for num_proc in (1, 2):
-        ways = ["limit", "limit_fast", "ours", "cached", *peers] if num_proc == 1 else ["limit", "ours", *peers]
-        if quick and num_proc == 2:
-            ways = ["limit", "ours"]
-        found += [("plain", way, num_proc) for way in ways]
-        found += [("shared", way, num_proc) for way in ("limit", "ours")]
-    return found
+    alone = ["limit", "ours", "cached", *peers]
+    if quick:
+        ways = {("plain", 1): alone, ("shared", 1): ["limit", "ours"], ("plain", 2): ["limit", "ours"]}
+    else:
+        ways = {("plain", 1): ["limit_fast", *alone], ("plain", 2): ["limit", "ours", *peers]}
+        ways |= {("shared", num_proc): ["limit", "ours"] for num_proc in (1, 2)}
+    return [(corpus, way, num_proc) for (corpus, num_proc), some in ways.items() for way in some]
 
 
-def measure(work: Path, todo: list[Case], rounds: int, patience: float) -> dict[Case, list[dict[str, Any]]]:
+def measure(
+    work: Path, todo: list[Case], rounds: int, patience: float, tries: int
+) -> dict[Case, list[dict[str, Any]]]:
     """All measurements of all cases."""
     found: dict[Case, list[dict[str, Any]]] = {case: [] for case in todo}
     for number in range(rounds):
         for corpus, way, num_proc in todo:
             command = [sys.executable, str(STEPS), way, "--work", str(work), "--corpus", corpus]
-            result = run_measured([*command, "--num_proc", str(num_proc)], patience)
+            result = run_measured([*command, "--num_proc", str(num_proc)], patience, tries)
             found[corpus, way, num_proc].append(result)
             print(
                 f"round {number + 1}/{rounds}  {corpus:6}  {way:10}  {num_proc} processes  "
@@ -136,31 +137,32 @@ def describe(found: dict[Case, list[dict[str, Any]]], about: dict[str, Any], rou
     cached, limit = found["plain", "cached", 1], found["plain", "limit", 1]
     others = [result["others"] for results in found.values() for result in results]
     speed = [f"- {name.replace('_', ' ')}: {value}" for name, value in ratios(found).items()]
+    rendering = median(result["render_seconds"] for result in limit)
+    loading, construction = (median(result[key] for result in cached) for key in ("loading", "construction"))
+    per_row = limit[0]["tokens"] / limit[0]["rows"]
     parts += [
         "## Ratios",
-        "ours vs X is how many times as fast as X ours is.",
+        "ours vs X is how many times as fast as X ours is; 1 and 2 are processes.",
         "\n".join(speed),
         "## What is in the seconds",
         f"""\
-- The tokenizer alone: one call over all texts, read and rendered before, tokens left in memory (the rendering took
-  {median(r["render_seconds"] for r in limit):.2f} s). With two processes: its own two threads.
-- The others: from the JSONL file to ids and labels on the disk, nothing cached, the file in memory (page cache).
-  Imports, loading the tokenizer ({median(r["loading"] for r in cached):.2f} s) and what is done once for it
-  ({median(r["construction"] for r in cached):.2f} s) are not in them.
-- Lauorie/DFT's recipe is written after its description. It supervises everything after the first question, so its
-  labels differ; its tokens are the same.
-- TRL reads with `datasets` and prepares in the constructor of SFTTrainer, with `assistant_only_loss`, a template with
-  generation tags and the same max_length; the rest of the constructor doesn't count.
-- One process means none beside the main one; two are two workers.
-- Compared in every round: all ways made the same token ids, ours and TRL the same labels.""",
+- The tokenizer alone: one call for all texts, which were read and rendered before ({rendering:.2f} s for the
+  rendering); the tokens stay in memory. With two processes: its own two threads.
+- The others: from the JSONL file to token ids and labels on the disk. Nothing is in a cache but the file in memory.
+- Imports, loading the tokenizer ({loading:.2f} s) and looking at its template ({construction:.2f} s) count for nobody.
+- Lauorie/DFT's recipe is written after its description. Its tokens are the same; it supervises all that follows the
+  first question, so its labels are not.
+- TRL: reading with `datasets`, and what the constructor of SFTTrainer does to the data, with `assistant_only_loss`, a
+  template with generation tags and the same max_length. The rest of the constructor doesn't count.
+- One process: no worker beside the main one. Two: two workers.
+- Checked in every round: all made the same token ids, ours and TRL the same labels.""",
         "## Doubt",
         f"""\
-- The conversations are invented: {found["plain", "ours", 1][0]["tokens"] / found["plain", "ours", 1][0]["rows"]:.0f}
-  tokens a row, words by morphemes with Zipf's frequencies, some code, numbers and Chinese. Real text repeats itself
-  otherwise.
-- Measured where other programs run too. A measurement in which they took more than {MAX_OTHERS:.0%} of the machine was
-  made again, up to twice; in those that count they took {median(others):.1%} (median) and {max(others):.0%} (most).
-- One machine, one tokenizer, and up to two processes. More were not tried.""",
+- The conversations are invented: {per_row:.0f} tokens a row, words made of morphemes with Zipf's frequencies, numbers,
+  lists, code and Chinese. How often words repeat decides much of our speed, and real text repeats itself otherwise.
+- Other programs ran on the machine. A measurement in which they took more than {MAX_OTHERS:.0%} of it was made again,
+  up to twice; in those that count they took {median(others):.1%} (median) and {max(others):.0%} (most).
+- One machine, one tokenizer, at most two processes.""",
     ]
     return "\n\n".join(parts)
 
@@ -185,7 +187,7 @@ def main() -> None:
         make_tokenizer(work / "tokenizer")
         write_jsonl(work / "plain.jsonl", conversations(rows))
         write_jsonl(work / "shared.jsonl", conversations(rows, system_words=SHARED_PROMPT_WORDS))
-        found = measure(work, cases(args.quick, with_trl), rounds, patience)
+        found = measure(work, cases(args.quick, with_trl), rounds, patience, tries=1 if args.quick else 3)
     check_same_work(found)
     about = surroundings(PACKAGES)
     text = describe(found, about, rounds)

@@ -2,7 +2,7 @@
 
     pip install -r requirements-bench.txt
     python benchmarks/load_memory.py            # files of 1 GB; writes benchmarks/results/load_memory.md and .json
-    python benchmarks/load_memory.py --quick    # files of 50 MB, about a minute, writes nothing
+    python benchmarks/load_memory.py --quick    # files of 40 MB, under 2 minutes, writes nothing
 
 The file is made in a temporary directory and deleted. prepare_data runs in a process of its own; that one
 and its workers are looked at 10 times a second. Resident memory (RSS) counts pages that processes share in
@@ -22,12 +22,12 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.chat_tokenizer import make_tokenizer, vocabulary_file
 from benchmarks.corpus import conversations
 from benchmarks.measuring import facts, keep, markdown_table, surroundings
 
 PACKAGES = ("tokenizers", "transformers", "datasets", "pyarrow", "numpy", "torch")
 SHAPES = {"jsonl": "one object a line", "json": "one array"}
-VOCABULARY = 4096
 DIFFERENT_ROWS = 10_000  # repeated, each time behind another number
 MIB = 2**20
 
@@ -37,24 +37,24 @@ def write_file(path: Path, size: int) -> int:
     different = list(conversations(DIFFERENT_ROWS))
     is_array = path.suffix == ".json"
     number = 0
-    with open(path, "w", encoding="utf-8") as file:
+    with open(path, "wb") as file:
         while file.tell() < size:
-            for messages in different:
-                text = json.dumps({"number": number, "messages": messages}, ensure_ascii=False)
-                file.write(("[\n" if number == 0 else ",\n") + text if is_array else text + "\n")
-                number += 1
-        file.write("\n]\n" if is_array else "")
+            row = {"number": number, "messages": different[number % DIFFERENT_ROWS]}
+            text = json.dumps(row, ensure_ascii=False)
+            file.write((("[\n" if number == 0 else ",\n") + text if is_array else text + "\n").encode())
+            number += 1
+        file.write(b"\n]\n" if is_array else b"")
     return number
 
 
 def prepare(path: Path, num_proc: int) -> None:
     """In the process that is looked at: says its memory before, prepares, says what it made."""
+    from transformers import AutoTokenizer
+
     from chat_format import ChatFormat
     from data_utils import prepare_data
-    from scripts.make_tiny_model import make_tokenizer, strings
 
-    tokenizer = make_tokenizer(strings(list(conversations(200))), VOCABULARY)
-    chat_format = ChatFormat(tokenizer)
+    chat_format = ChatFormat(AutoTokenizer.from_pretrained(path.parent / "tokenizer"))
     before = psutil.Process().memory_info().rss
     start = time.perf_counter()
     data = prepare_data(
@@ -98,6 +98,7 @@ def measure(shape: str, size: int, num_proc: int) -> dict[str, Any]:
     """Makes a file, prepares it, and deletes it."""
     with tempfile.TemporaryDirectory(prefix="load-memory-") as directory:
         path = Path(directory) / f"rows.{shape}"
+        make_tokenizer(path.parent / "tokenizer")
         rows = write_file(path, size)
         command = [sys.executable, __file__, "--prepare", str(path), "--num_proc", str(num_proc)]
         result = watch(command) | {"shape": shape, "processes": num_proc, "bytes": path.stat().st_size}
@@ -127,11 +128,11 @@ def describe(results: list[dict[str, Any]], about: dict[str, Any]) -> str:
             facts(about),
             "The most memory at any time, in MiB.",
             markdown_table(lines),
-            f"""\
+            """\
 - before: the main process with its imports (torch is among them) and the tokenizer, before prepare_data.
 - RSS counts shared pages in every process, PSS once. Both count pages of the written Arrow file that are mapped into
   memory, which the system can take back.
-- The tokenizer has {VOCABULARY:,} tokens; one of 150,000 takes some 100 MB more, shared by the workers.""",
+- The tokenizer has 131,072 tokens.""",
             "## Doubt",
             f"""\
 - {DIFFERENT_ROWS:,} different conversations are repeated, so the seconds are those of easy data. The memory doesn't
@@ -144,19 +145,21 @@ def describe(results: list[dict[str, Any]], about: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small files, no results written")
-    parser.add_argument("--megabytes", type=int, help="size of each file (default 1000; quick 50)")
-    parser.add_argument("--num_proc", type=int, default=2, help="workers")
+    parser.add_argument("--megabytes", type=int, help="size of each file (default 1000; quick 40)")
+    parser.add_argument("--num_proc", type=int, nargs="+", default=[2], help="processes; 1 is without workers")
     parser.add_argument(
         "--prepare", type=Path, metavar="FILE", help="only prepare FILE, as the process looked at does"
     )
     args = parser.parse_args()
     if args.prepare is not None:
-        prepare(args.prepare, args.num_proc)
+        prepare(args.prepare, args.num_proc[0])
         return
-    size = (args.megabytes or (50 if args.quick else 1000)) * 1_000_000
+    if vocabulary_file() is None:
+        parser.error("the vocabulary of mistral-common is needed: pip install -r requirements-bench.txt")
+    size = (args.megabytes or (40 if args.quick else 1000)) * 1_000_000
     results = []
     for shape in SHAPES:
-        for num_proc in sorted({1, args.num_proc}):
+        for num_proc in args.num_proc:
             results.append(measure(shape, size, num_proc))
             print(f"{shape}, {num_proc} processes: {results[-1]}", file=sys.stderr, flush=True)
     about = surroundings(PACKAGES)

@@ -38,7 +38,7 @@ def wait_until_quiet(patience: float) -> None:
             return
 
 
-def run_measured(command: list[str], patience: float, tries: int = 3) -> dict[str, Any]:
+def run_measured(command: list[str], patience: float, tries: int) -> dict[str, Any]:
     """The JSON that a command prints last, and `others`: the share of the machine that went to other programs.
 
     A measurement that others disturbed is made again; the least disturbed one counts.
@@ -91,7 +91,7 @@ def commit() -> str:
     """The commit that was measured, and whether files differ from it."""
     try:
         name = _git("rev-parse", "--short", "HEAD")
-        return name + (" with changes" if _git("status", "--porcelain", "--", "*.py") else "")
+        return name + (" with changes" if _git("status", "--porcelain", "--", "*.py", ":!benchmarks") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
