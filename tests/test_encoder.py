@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from families import FAMILIES
 from families import tokenizer as family_tokenizer
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from text_encoder import MARK_END, MARK_START, TextEncoder, one_of
+from text_encoder import MARK_END, MARK_START, WHITE_SPACE, TextEncoder, one_of
+from word_cuts import GPT2, can_cut_at_blanks, keeps_to_words, pieces
 
 PIECES = [
     "a",
@@ -61,6 +62,34 @@ def bpe(normalizer=None, **settings) -> PreTrainedTokenizerFast:
     return trained(models.BPE(unk_token="<unk>"), trainer, normalizer, pre_tokenizer, **settings)
 
 
+CL100K = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+O200K = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+DEEPSEEK = (
+    r"\p{N}{1,3}",
+    r"[一-龥\u0800-ゟ゠-ヿ]+".replace("\\u0800", "\u0800"),
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+
+
+def split_bpe(*expressions: str, normalizer=None, added=(), digits=False) -> PreTrainedTokenizerFast:
+    """As most models have it: regular expressions, then bytes."""
+    steps = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in expressions]
+    steps += [pre_tokenizers.Digits(individual_digits=True)] if digits else []
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not expressions))
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    return trained(models.BPE(), trainer, normalizer, pre_tokenizers.Sequence(steps), added=added)
+
+
 def unigram(scheme: str) -> PreTrainedTokenizerFast:
     trainer = trainers.UnigramTrainer(vocab_size=80, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False)
     normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace("  ", " ")])
@@ -94,6 +123,12 @@ TOKENIZERS = {
     "both strip": lambda: with_special(lstrip=True, rstrip=True, normalized=False),
     "added words": lambda: bpe(added=[AddedToken("cat", normalized=True), AddedToken("\n\n", normalized=False)]),
     "added with strip": lambda: bpe(added=[AddedToken("cat", lstrip=True, rstrip=True)]),
+    "cl100k": lambda: split_bpe(CL100K, normalizer=normalizers.NFC()),
+    "o200k": lambda: split_bpe(O200K, added=[AddedToken("cat", normalized=False)]),
+    "deepseek": lambda: split_bpe(*DEEPSEEK, normalizer=normalizers.Sequence([])),
+    "digits": lambda: split_bpe(digits=True),
+    "across blanks": lambda: split_bpe(r"\p{L}+ \p{L}+|\s+|\S"),
+    "added with blank": lambda: split_bpe(CL100K, added=[AddedToken("e cat", normalized=False)]),
     "many special": lambda: bpe(special=[f"<r{i}>" for i in range(300)] + ["<", "<s>", "<r"]),
 }
 NOT_CUTTABLE = {
@@ -131,6 +166,92 @@ def test_ids_and_borders_are_those_of_the_whole_text(name):
         assert ids.tolist() == whole.ids, repr(text)
         starts = np.array([start for start, _ in whole.offsets])
         assert found == [int((starts < border).sum()) for border in some], (text, some)
+
+
+def test_words_are_cut_where_that_is_known_to_be_exact():
+    expected = {"cl100k", "o200k", "deepseek", "digits", "nfc", "added words", "many special"}
+    assert {name for name in TOKENIZERS if TextEncoder(TOKENIZERS[name]()).can_cut_words} - set(FAMILIES) == expected
+
+
+SAFE = [CL100K, O200K, *DEEPSEEK, GPT2, r"\s", r" ?+[a-z]++|\s++", r"[ \n]\w+|\s+"]
+UNSAFE = [
+    r"\p{L}+ ",  # a blank at the end
+    r"\w+ \w+",
+    r"[^x]+",
+    r"(?: a)",
+    r"a(?:b| )",
+    r"\p{Z}\p{L}+",
+    r"\P{L}x\P{L}",
+    r".+",
+    r"a[\W]",
+    r"a[ -/]",
+    r"a[\x20]",
+    r"a[^\S]",
+    r"(?<=a) b",  # these look around
+    r"(?=a)\s+",
+    r"a(?!\S)",
+    r"(?!\S)\s+",
+    r"\bb",
+    r"^a",
+    r"a$",
+    r"a||b",
+    r"[a&&[b ]]",
+    r"(?i)a",
+]
+
+
+@pytest.mark.parametrize("expression", SAFE)
+def test_safe_expression_cuts_each_piece_as_within_the_text(expression):
+    """Here by `Split` itself: whatever the vocabulary is."""
+    assert keeps_to_words(expression)
+    split = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(e), "isolated") for e in (expression, r"\s+")]  # the second takes every blank
+    )
+    rng = random.Random(expression)
+    for _ in range(3000):
+        text = "".join(rng.choice([*PIECES, " b", "c ", "5", "'s", "/", "\r"]) for _ in range(rng.randrange(12)))
+        cut = pieces(text)
+        assert "".join(cut) == text
+        in_pieces = [part for piece in cut for part, _ in split.pre_tokenize_str(piece)]
+        assert in_pieces == [part for part, _ in split.pre_tokenize_str(text)], repr(text)
+
+
+@pytest.mark.parametrize("expression", UNSAFE)
+def test_other_expressions_are_not_cut(expression):
+    assert not keeps_to_words(expression)
+    assert not can_cut_at_blanks(split_bpe(r"\s+", expression).backend_tokenizer)
+
+
+def test_nothing_is_cut_where_no_expression_takes_blanks():
+    assert not can_cut_at_blanks(split_bpe(r"\p{L}+").backend_tokenizer)
+
+
+def test_pieces():
+    cut = pieces(" one two  three\n four. five\n\nsix \x1c seven\u3000 eight ")
+    assert cut == [" one", " two  three\n four.", " five\n\nsix \x1c seven\u3000 eight "]
+    assert [pieces(text) for text in ("", " ", "a")] == [[], [" "], ["a"]]
+
+
+def test_white_space_of_expressions_is_white_space_here():
+    split = pre_tokenizers.Split(Regex(r"\s"), "removed")
+    characters = [chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000]
+    theirs = set(characters) - {c for part, _ in split.pre_tokenize_str("".join(characters)) for c in part}
+    assert theirs <= {character for character in characters if character.isspace()}
+    assert set(WHITE_SPACE) == theirs
+
+
+def test_long_words_and_old_words_are_forgotten(tokenizer, monkeypatch):
+    encoder = TextEncoder(tokenizer)
+    assert encoder.can_cut_words
+    long, short = "x" * 100, "some words"
+    expected = [
+        tokenizer.backend_tokenizer.encode(f"{short} {long}{i}", add_special_tokens=False).ids for i in range(9)
+    ]
+    monkeypatch.setattr("text_encoder.MAX_CACHED_WORDS", 3)
+    for i in range(9):
+        assert encoder.encode([f"{short} {long}{i}"], [[]])[0][0].tolist() == expected[i]
+        assert len(encoder._words) <= 3
+        assert not any(long in word for word in encoder._words)
 
 
 @pytest.mark.parametrize("name", [name for name in TOKENIZERS if name != "unigram always"])
