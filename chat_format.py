@@ -253,7 +253,7 @@ class ChatFormat:
     def _mark(self, value: Any) -> Any:
         """Wraps every control token in the strings of `value`, in nested lists and objects and their keys too."""
         if isinstance(value, str):
-            if any(character in value for character in USED_INSIDE):
+            if not value.isascii() and any(character in value for character in USED_INSIDE):
                 raise RowRejected("private_use_character", "the text holds U+E0F0 to U+E0F5, which are used inside")
             if self._control_text.search(value) is None:
                 return value

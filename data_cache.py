@@ -37,6 +37,8 @@ CODE = (
     "template_turns.py",
     "text_encoder.py",
     "training_row.py",
+    "word_cuts.py",
+    "word_encoder.py",
 )
 PACKAGES = ("transformers", "tokenizers", "jinja2", "pyarrow", "datasets")
 

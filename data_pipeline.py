@@ -20,8 +20,8 @@ from rejected_rows import RejectedRows
 from training_row import Example, RowRejected, truncate
 from worker_pool import WorkerPool
 
-ROWS_PER_TASK = 128
-CHARACTERS_PER_TASK = 1 << 20
+ROWS_PER_TASK = 256
+CHARACTERS_PER_TASK = 1 << 21
 TOKENS = {"input_ids": List(Value("int32")), "labels": List(Value("int32"))}
 WEIGHTS = {"loss_weights": List(Value("float32"))}
 Truncation = Literal["right", "left", "drop", "error"]

@@ -63,7 +63,8 @@ def refuse_odd_values(value: Any) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise MalformedRow("NaN and Infinity are not JSON")
     for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        refuse_odd_values(item)
+        if not isinstance(item, str):
+            refuse_odd_values(item)
 
 
 def kind(value: Any) -> str:

@@ -2,7 +2,7 @@
 
 A tokenizer cuts its input at control tokens before it does anything else, so what stands between two of
 them is tokenised by itself. Here the cuts are made first. Segments that were seen lately (system prompts,
-tool schemas) are not tokenised again, nor are words, where they are independent too (word_cuts.py). No
+tool schemas) are not tokenised again, nor are words, where they are independent too (word_encoder.py). No
 character offsets are needed but where a turn starts in the middle of a token.
 
 Control tokens that are a conversation's own text come wrapped in MARK_START and MARK_END. They never
@@ -11,21 +11,18 @@ become tokens; the marks themselves have no token.
 
 import copy
 import re
-from array import array
 from collections.abc import Iterable
-from itertools import chain
 
 import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from word_cuts import can_cut_at_blanks, pieces
+from word_cuts import can_cut_at_blanks
+from word_encoder import WordEncoder, encode_batch
 
 MARK_START, MARK_END = "\ue0f0", "\ue0f1"  # private-use characters
 MARKS = re.compile(f"[{MARK_START}{MARK_END}]")
-MAX_CACHED_CHARACTERS = 4_000_000  # of segments
-MAX_CACHED_WORDS = 500_000
-MAX_WORD_CHARACTERS = 32  # longer ones are not kept
+MAX_CACHED_CHARACTERS = 4_000_000
 # what the tokenizers library takes for white space; str.strip also takes U+001C to U+001F
 WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 PROBE = "{0}a b\n{1} c\n\n{0}{1}  d{0} \n e é中 {1}"  # every cut that a render makes, with two control tokens
@@ -41,7 +38,6 @@ class TextEncoder:
         special: the control tokens, {text: id}.
         can_segment: whether this tokenizer's segments are independent. If not, whole texts are tokenised,
             and those with marks can't be.
-        can_cut_words: whether the words of a segment are independent.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -57,8 +53,7 @@ class TextEncoder:
         self._backend, self._backend_at_start = _backends(tokenizer.backend_tokenizer)
         self._cache: dict[str, np.ndarray] = {}
         self._cached_characters = 0
-        self._words: dict[str, bytes] = {}  # their ids, int32
-        self.can_cut_words = can_cut_at_blanks(self._backend)
+        self._words = WordEncoder(self._backend) if can_cut_at_blanks(self._backend) else None
         self.can_segment = True
         self.can_segment = _is_cuttable(tokenizer) and self._agrees_with_whole_text()
 
@@ -146,29 +141,15 @@ class TextEncoder:
         ):
             batch = list(some)
             plain = [_plain(segment) for segment in batch]
-            if self.can_cut_words and not control_is_text:
-                found = self._encode_words(backend, plain)
+            if self._words is not None and not control_is_text:
+                found = self._words.encode(plain)
             else:
                 backend.encode_special_tokens = control_is_text
-                found = _encode_batch(backend, plain)
+                found = encode_batch(backend, plain)
                 backend.encode_special_tokens = False
             for segment, ids in zip(batch, found, strict=True):
                 self._cache[segment] = np.frombuffer(ids, dtype=np.int32)
                 self._cached_characters += len(segment)
-
-    def _encode_words(self, backend: Tokenizer, segments: list[str]) -> list[bytes]:
-        """The ids of segments without marks, int32, word by word."""
-        words = [pieces(segment) for segment in segments]
-        missing = list(set(chain.from_iterable(words)).difference(self._words))
-        self._words.update(zip(missing, _encode_batch(backend, missing), strict=True))
-        found = [b"".join(map(self._words.__getitem__, some)) for some in words]
-        if len(self._words) > MAX_CACHED_WORDS:
-            self._words.clear()
-        else:
-            for word in missing:
-                if len(word) > MAX_WORD_CHARACTERS:
-                    del self._words[word]
-        return found
 
     def _join(
         self, segments: list[str | int], found: list[tuple[int, str | None]]
@@ -207,13 +188,6 @@ class TextEncoder:
         encoding = self._backend_at_start.encode(text, add_special_tokens=False)
         starts = np.array([start for start, _ in encoding.offsets], dtype=np.int64)
         return np.array(encoding.ids, dtype=np.int32), [int((starts < border).sum()) for border in borders]
-
-
-def _encode_batch(backend: Tokenizer, texts: list[str]) -> list[bytes]:
-    """The ids of texts, int32."""
-    return [
-        array("i", encoding.ids).tobytes() for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)
-    ]
 
 
 def one_of(words: Iterable[str]) -> str:

@@ -56,9 +56,11 @@ def can_cut_at_blanks(backend: Tokenizer) -> bool:
             return False
     steps = state["pre_tokenizer"] or {}
     steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
+    if steps[-1].get("type") != "ByteLevel":
+        return False
     expressions: list[str] = []
     for step in steps:
-        if step.get("type") == "ByteLevel" and not step["add_prefix_space"] and step is steps[-1]:
+        if step.get("type") == "ByteLevel" and not step["add_prefix_space"]:
             expressions += [GPT2] if step["use_regex"] else []
         elif step.get("type") == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
             expressions.append(step["pattern"].get("Regex", "."))

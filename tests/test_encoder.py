@@ -1,5 +1,6 @@
 """Segments are tokenised as the whole text is, by every kind of tokenizer, or the encoder knows that they aren't."""
 
+import json
 import random
 
 import numpy as np
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from text_encoder import MARK_END, MARK_START, WHITE_SPACE, TextEncoder, one_of
 from word_cuts import GPT2, can_cut_at_blanks, keeps_to_words, pieces
+from word_encoder import WordEncoder, encode_batch
 
 PIECES = [
     "a",
@@ -79,11 +81,11 @@ DEEPSEEK = (
 )
 
 
-def split_bpe(*expressions: str, normalizer=None, added=(), digits=False) -> PreTrainedTokenizerFast:
+def split_bpe(*expressions: str, normalizer=None, added=(), digits=False, bytes=True) -> PreTrainedTokenizerFast:
     """As most models have it: regular expressions, then bytes."""
     steps = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in expressions]
     steps += [pre_tokenizers.Digits(individual_digits=True)] if digits else []
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not expressions))
+    steps += [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not expressions)] if bytes else []
     trainer = trainers.BpeTrainer(
         vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
@@ -170,7 +172,7 @@ def test_ids_and_borders_are_those_of_the_whole_text(name):
 
 def test_words_are_cut_where_that_is_known_to_be_exact():
     expected = {"cl100k", "o200k", "deepseek", "digits", "nfc", "added words", "many special"}
-    assert {name for name in TOKENIZERS if TextEncoder(TOKENIZERS[name]()).can_cut_words} - set(FAMILIES) == expected
+    assert {name for name in TOKENIZERS if TextEncoder(TOKENIZERS[name]())._words} - set(FAMILIES) == expected
 
 
 SAFE = [CL100K, O200K, *DEEPSEEK, GPT2, r"\s", r" ?+[a-z]++|\s++", r"[ \n]\w+|\s+"]
@@ -222,7 +224,8 @@ def test_other_expressions_are_not_cut(expression):
     assert not can_cut_at_blanks(split_bpe(r"\s+", expression).backend_tokenizer)
 
 
-def test_nothing_is_cut_where_no_expression_takes_blanks():
+def test_nothing_is_cut_where_no_expression_takes_blanks_or_bytes_are_not_last():
+    assert not can_cut_at_blanks(split_bpe(CL100K, bytes=False).backend_tokenizer)
     assert not can_cut_at_blanks(split_bpe(r"\p{L}+").backend_tokenizer)
 
 
@@ -241,17 +244,28 @@ def test_white_space_of_expressions_is_white_space_here():
 
 
 def test_long_words_and_old_words_are_forgotten(tokenizer, monkeypatch):
-    encoder = TextEncoder(tokenizer)
-    assert encoder.can_cut_words
-    long, short = "x" * 100, "some words"
-    expected = [
-        tokenizer.backend_tokenizer.encode(f"{short} {long}{i}", add_special_tokens=False).ids for i in range(9)
-    ]
-    monkeypatch.setattr("text_encoder.MAX_CACHED_WORDS", 3)
+    backend = tokenizer.backend_tokenizer
+    words = WordEncoder(backend)
+    monkeypatch.setattr("word_encoder.MAX_KEPT", 3)
     for i in range(9):
-        assert encoder.encode([f"{short} {long}{i}"], [[]])[0][0].tolist() == expected[i]
-        assert len(encoder._words) <= 3
-        assert not any(long in word for word in encoder._words)
+        text = f"some words {'x' * 100}{i}"
+        assert words.encode([text]) == encode_batch(backend, [text])
+        assert set(words._kept) <= {"some", " words"}
+
+
+@pytest.mark.parametrize("vocabulary", ["with blank", "without blank", "added blank"])
+def test_words_are_tokenised_together(vocabulary, monkeypatch):
+    added = [AddedToken("Ġx", normalized=False)] if vocabulary == "added blank" else []
+    backend = split_bpe(CL100K, added=added).backend_tokenizer
+    if vocabulary == "without blank":
+        state = json.loads(backend.to_str())
+        del state["model"]["vocab"]["Ġ"]
+        state["model"]["merges"] = [merge for merge in state["model"]["merges"] if "Ġ" not in merge]
+        backend = Tokenizer.from_str(json.dumps(state))
+    words = WordEncoder(backend)
+    monkeypatch.setattr("word_encoder.AT_ONCE", 3)
+    text = " The cat sat on  the\n mat Ġ Ġx é 中文 of a  thing,   they say 1 12 123 1234 – and\u00a0so on "
+    assert words.encode([text, text[5:]]) == encode_batch(backend, [text, text[5:]])
 
 
 @pytest.mark.parametrize("name", [name for name in TOKENIZERS if name != "unigram always"])
