@@ -14,6 +14,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from data_formats import FORMATS, ROLES
 from dist_logger import UserError, get_logger
+from fused_loss import CHUNK_MB
 from process_group import has_accelerator, join_for_deepspeed
 
 logger = get_logger(__name__)
@@ -148,10 +149,40 @@ class DFTArguments:
         "Weight of a token: alpha * p_correct + (1 - alpha). 0 is plain SFT, 1 is pure DFT.", 1.0
     )
     use_simple_dft: bool = option("False switches DFT off: plain cross-entropy, as --dft_alpha 0.", True)
+    dft_gamma: float = option(
+        "Power of p_correct in the weight, above 0: alpha * p_correct**gamma + (1 - alpha).", 1.0
+    )
+    dft_floor: float = option("The least weight of a token, from 0 to 1.", 0.0)
+    dft_alpha_warmup_ratio: float = option(
+        "Share of the steps, from 0 to 1, in which alpha rises linearly from 0 (SFT) to --dft_alpha.", 0.0
+    )
+    dft_special_tokens: Literal["dft", "ce"] = option(
+        "ce: plain cross-entropy for end-of-turn and other special tokens, so that a base model learns to stop; dft: "
+        "they are weighted as all others.",
+        "dft",
+    )
+    loss_normalization: Literal["token", "turn"] = option(
+        "token: the mean over the supervised tokens of the global batch. turn: the mean over its assistant turns, "
+        "each the mean over its tokens.",
+        "token",
+    )
+    fused_loss: Literal["auto", "on", "off"] = option(
+        "Compute the loss inside the model's head, without holding logits. auto: where the head is one that is known; "
+        "on: stop where it isn't; off: from the model's logits.",
+        "auto",
+    )
+    loss_chunk_mb: float = option("MB of logits that the fused loss holds at once.", CHUNK_MB)
 
     def __post_init__(self):
         if not 0 <= self.dft_alpha <= 1:
             raise UserError(f"--dft_alpha is {self.dft_alpha}; it must be between 0 (SFT) and 1 (pure DFT)")
+        if not 0 < self.dft_gamma < float("inf"):
+            raise UserError(f"--dft_gamma is {self.dft_gamma}; it must be above 0")
+        for name in ("dft_floor", "dft_alpha_warmup_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"--{name} is {getattr(self, name)}; it must be between 0 and 1")
+        if not 0 < self.loss_chunk_mb < float("inf"):
+            raise UserError(f"--loss_chunk_mb is {self.loss_chunk_mb}; it must be above 0")
 
     @property
     def alpha(self) -> float:

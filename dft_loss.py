@@ -1,30 +1,72 @@
 """The DFT loss: cross-entropy weighted by the model's own detached confidence.
 
-    loss = sum_t w_t * (-log p_t) / N        w_t = alpha * sg(p_t) + (1 - alpha)
+    loss = sum_t c_t * w_t * (-log p_t) / N        w_t = max(floor, alpha * sg(p_t)**gamma + 1 - alpha)
 
-p_t is the probability of the correct token, sg the stop-gradient, N the number of supervised tokens.
-alpha = 0 is plain SFT; alpha = 1 is equation 9 of "On the Generalization of SFT: A Reinforcement
-Learning Perspective with Reward Rectification" (arXiv 2508.05629).
+p_t is the probability of the correct token, sg the stop-gradient, N the number of supervised tokens and
+c_t what the data multiply a token's loss by, 1 if they say nothing. With gamma 1 and floor 0, alpha = 0 is
+plain SFT and alpha = 1 is equation 9 of "On the Generalization of SFT: A Reinforcement Learning Perspective
+with Reward Rectification" (arXiv 2508.05629).
+
+This file computes it from logits, to be read and to compare with; fused_loss.py computes the same without
+holding them.
 
 Shapes: B batch, T tokens, V vocabulary, N supervised tokens.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
+Normalization = Literal["token", "turn"]
+
+
+@dataclass(frozen=True)
+class TokenWeight:
+    """The weight w of a token, max(floor, alpha * p**gamma + 1 - alpha).
+
+    Args:
+        alpha: share of the confidence in the weight, from 0 (SFT) to 1 (pure DFT).
+        gamma: power of the confidence, above 0.
+        floor: the least weight, from 0 to 1.
+        plain_tokens: ids of tokens that always have the weight 1: plain cross-entropy.
+
+    Raises:
+        ValueError: one of them is out of its range.
+    """
+
+    alpha: float = 1.0
+    gamma: float = 1.0
+    floor: float = 0.0
+    plain_tokens: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if not 0.0 <= self.alpha <= 1.0:
+            raise ValueError(f"alpha must be between 0 (SFT) and 1 (pure DFT), got {self.alpha}")
+        if not 0.0 < self.gamma < float("inf"):
+            raise ValueError(f"gamma must be a number above 0, got {self.gamma}")
+        if not 0.0 <= self.floor <= 1.0:
+            raise ValueError(f"floor must be between 0 and 1, got {self.floor}")
+
+    @torch.no_grad()
+    def __call__(self, p_correct: Tensor, targets: Tensor) -> Tensor:
+        """The weights, detached, of tokens `targets` [N] with the probabilities `p_correct` [N] -> [N] float32."""
+        weights = (self.alpha * p_correct.detach() ** self.gamma + (1.0 - self.alpha)).clamp(min=self.floor)
+        if self.plain_tokens:
+            plain = torch.tensor(self.plain_tokens, device=targets.device)
+            weights = torch.where(torch.isin(targets, plain), 1.0, weights)
+        return weights
 
 
 @dataclass
 class TokenStatistics:
-    """Per-token results of the model on N supervised tokens, of shape [N] unless they say otherwise."""
+    """Per-token results of the model on N supervised tokens, each of shape [N]."""
 
-    nll: Tensor  # -log p of the correct token, float32, with gradient
+    nll: Tensor  # -log p of the correct token, float32
     p_correct: Tensor  # probability of the correct token, float32, detached
-    is_top1: Tensor  # whether the arg-max is the correct token, bool
-    supervised: Tensor  # [B, T], bool: the positions that predict these tokens
+    is_top1: Tensor  # whether no other token is likelier, bool
 
 
 def shift_labels(labels: Tensor) -> Tensor:
@@ -35,51 +77,71 @@ def shift_labels(labels: Tensor) -> Tensor:
     return torch.nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
 
 
-def count_supervised(labels: Tensor) -> Tensor:
-    """Number of tokens of `labels` [B, T] that are predicted by some position, as an int64 scalar."""
-    return (labels[..., 1:] != IGNORE_INDEX).sum()
+def count_terms(labels: Tensor, normalization: Normalization = "token") -> Tensor:
+    """What a loss is divided by, as an int64 scalar: supervised tokens of `labels` [B, T], or assistant turns.
 
-
-def token_statistics(logits: Tensor, labels: Tensor) -> TokenStatistics:
-    """Scores every supervised token. logits [B, T, V] in any float type, labels [B, T] not shifted.
-
-    Only supervised rows are upcast to float32. Without any, the results are empty but still connected
-    to `logits`, so that backward runs and distributed gradient hooks fire.
+    A turn is an unbroken run of supervised tokens. The first token of a row is predicted by none.
     """
-    targets = shift_labels(labels)
-    supervised = targets != IGNORE_INDEX
-    rows = logits[supervised].float()  # [N, V]
-    targets = targets[supervised]  # [N]
-    nll = torch.logsumexp(rows, dim=-1) - rows.gather(-1, targets[:, None]).squeeze(-1)  # [N]
+    supervised = shift_labels(labels) != IGNORE_INDEX
+    return supervised.sum() if normalization == "token" else _starts_turn(supervised).sum()
+
+
+def _starts_turn(supervised: Tensor) -> Tensor:
+    """[B, T] bool -> [B, T] bool. The last position of a row is never supervised, so no turn goes on into the next."""
+    return supervised & ~torch.roll(supervised.flatten(), 1).view_as(supervised)
+
+
+def token_scales(
+    labels: Tensor, loss_weights: Tensor | None = None, normalization: Normalization = "token"
+) -> Tensor | None:
+    """The factor c of each supervised token, [N] float32, in the order of `token_statistics`; None if all are 1.
+
+    Args:
+        labels: [B, T], not shifted.
+        loss_weights: [B, T], aligned with `labels`: what the data multiply each token's loss by.
+        normalization: turn divides the loss of each token by the number of tokens of its turn.
+    """
+    supervised = shift_labels(labels) != IGNORE_INDEX
+    scales = None if loss_weights is None else torch.roll(loss_weights, -1, dims=-1)[supervised].float()
+    if normalization == "turn":
+        turn = torch.cumsum(_starts_turn(supervised).flatten(), 0)[supervised.flatten()] - 1  # [N], 0, 0, 1, 1, 1, …
+        per_token = 1.0 / torch.bincount(turn)[turn].float()
+        scales = per_token if scales is None else scales * per_token
+    return scales
+
+
+def token_statistics(logits: Tensor, targets: Tensor) -> TokenStatistics:
+    """Scores N tokens. logits [N, V] in any float type, targets [N].
+
+    Without any token the results are empty but still connected to `logits`, so that backward runs and
+    distributed gradient hooks fire.
+    """
+    logits = logits.float()
+    of_target = logits.gather(-1, targets[:, None]).squeeze(-1)  # [N]
+    nll = torch.logsumexp(logits, dim=-1) - of_target
     with torch.no_grad():
-        return TokenStatistics(nll, torch.exp(-nll), rows.argmax(-1) == targets, supervised)
-
-
-def dft_weight(p_correct: Tensor, alpha: float) -> Tensor:
-    """The weight alpha * p + (1 - alpha) of each token, detached. p_correct [N] -> [N]."""
-    return (alpha * p_correct + (1.0 - alpha)).detach()
+        return TokenStatistics(nll, torch.exp(-nll), of_target >= logits.amax(-1))
 
 
 def dft_loss_sum(
-    logits: Tensor, labels: Tensor, alpha: float, loss_weights: Tensor | None = None
+    logits: Tensor, labels: Tensor, weight: TokenWeight, scales: Tensor | None = None
 ) -> tuple[Tensor, TokenStatistics]:
     """The DFT loss of one micro-batch, summed over its tokens and not yet divided by anything.
 
-    The caller divides by the number of supervised tokens in the *global* batch (all micro-batches of
-    the step on all ranks); a mean taken here would weigh tokens by the micro-batch they fall in.
+    The caller divides by `count_terms` of the *global* batch (all micro-batches of the step on all
+    ranks); a mean taken here would weigh tokens by the micro-batch they fall in.
 
     Args:
-        logits: [B, T, V].
+        logits: [B, T, V]. Only supervised rows are upcast to float32.
         labels: [B, T], -100 where nothing is supervised; not shifted.
-        alpha: share of the confidence in the weight, from 0 (SFT) to 1 (pure DFT).
-        loss_weights: [B, T], aligned with `labels`: what the data say each token's loss is multiplied
-            by; None for 1. The number of tokens to divide by doesn't change with it.
+        scales: [N], see `token_scales`.
 
     Returns:
-        sum of w * nll (scalar, float32) and the statistics of the tokens it sums over.
+        sum of c * w * nll (scalar, float32) and the statistics of the tokens it sums over.
     """
-    tokens = token_statistics(logits, labels)
-    losses = dft_weight(tokens.p_correct, alpha) * tokens.nll  # [N]
-    if loss_weights is not None:
-        losses = losses * torch.roll(loss_weights, -1, dims=-1)[tokens.supervised]
-    return losses.sum(), tokens
+    targets = shift_labels(labels)
+    supervised = targets != IGNORE_INDEX
+    targets = targets[supervised]  # [N]
+    tokens = token_statistics(logits[supervised], targets)
+    losses = weight(tokens.p_correct, targets) * tokens.nll
+    return (losses if scales is None else losses * scales).sum(), tokens

@@ -3,29 +3,43 @@
 import math
 import resource
 import time
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from dft_loss import count_supervised, dft_loss_sum
+from dft_loss import Normalization, TokenStatistics, TokenWeight, count_terms, dft_loss_sum, token_scales
+from dist_logger import get_logger
+from fused_loss import CHUNK_MB
+from loss_head import LossHead, UnsupportedHead
+
+logger = get_logger(__name__)
 
 
 class TokenSums:
     """Sums over supervised tokens, kept on the device and divided only when they are printed."""
 
     # order of the entries of the tensor
-    LOSS, NLL, P_CORRECT, TOP1, SUPERVISED, TOKENS = range(6)
+    LOSS, TERMS, NLL, P_CORRECT, TOP1, SUPERVISED, TOKENS = range(7)
 
     def __init__(self, device: torch.device):
         # float64: a float32 sum stops counting single tokens at 2**24; MPS has no float64
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.values = torch.zeros(6, dtype=dtype, device=device)
+        self.values = torch.zeros(7, dtype=dtype, device=device)
 
-    def add(self, loss_sum: torch.Tensor, tokens, num_tokens: torch.Tensor | int) -> None:
-        """Adds one micro-batch: sum of w*nll, per-token statistics [N], tokens of any kind."""
+    def add(
+        self,
+        loss_sum: torch.Tensor,
+        num_terms: torch.Tensor | int,
+        tokens: TokenStatistics,
+        num_tokens: torch.Tensor | int,
+    ) -> None:
+        """Adds one micro-batch: its loss, what that is divided by, per-token statistics [N], tokens of any kind."""
         parts = (
             loss_sum.detach(),
+            num_terms,
             tokens.nll.detach().sum(),
             tokens.p_correct.sum(),
             tokens.is_top1.sum(),
@@ -68,7 +82,7 @@ class PaddedEvalSet(Dataset):
 
 
 class DFTTrainer(Trainer):
-    """Trainer whose loss weighs each supervised token by alpha * p_correct + (1 - alpha), detached.
+    """Trainer whose loss weighs each supervised token by max(floor, alpha * p_correct**gamma + 1 - alpha), detached.
 
     The loss of a step is sum(w * nll) / N with N counted over the whole global batch, so it doesn't
     depend on how the batch is cut into ranks and micro-batches. It works on any dataset with
@@ -77,12 +91,20 @@ class DFTTrainer(Trainer):
 
     Args:
         dft_alpha: 0 for plain SFT to 1 for pure DFT.
+        dft_gamma, dft_floor: see dft_loss.TokenWeight.
+        dft_alpha_warmup_ratio: share of the steps in which alpha rises linearly from 0 to dft_alpha.
+        plain_tokens: ids of tokens whose loss is plain cross-entropy.
+        loss_normalization: token divides the loss by the supervised tokens of the global batch; turn takes
+            the mean over each assistant turn, and divides their sum by the turns of the global batch.
+        fused_loss: on computes the loss in the model's head, without logits; off from the model's logits;
+            auto in the head if it is one that is known.
+        loss_chunk_mb: MB of logits that the fused loss holds at once.
         log_metrics_steps: add the DFT metrics only to log records at least this many steps apart;
             None adds them to every record.
         All others are Trainer's own.
 
     Logged with every training record, over all ranks and micro-batches since the last one:
-        loss                 sum(w * nll) / N
+        loss                 sum(w * nll) / N, or the mean over turns
         ce_loss              sum(nll) / N, what SFT would report
         train/avg_p_correct  sum(p) / N
         train/dft_alpha      the alpha in force
@@ -91,7 +113,8 @@ class DFTTrainer(Trainer):
     Evaluation: loss, ce_loss, perplexity, avg_p_correct and acc of the whole set, behind the metric prefix.
 
     Raises:
-        ValueError: alpha outside [0, 1], or an option that would change the loss behind its back.
+        ValueError: a number outside its range, or an option that would change the loss behind its back.
+        UnsupportedHead (a ValueError): fused_loss is on, and this model's head is not one that is known.
     """
 
     # Trainer must not divide by the accumulation count: the loss is divided by the global token count
@@ -103,16 +126,31 @@ class DFTTrainer(Trainer):
         args: TrainingArguments | None = None,
         *,
         dft_alpha: float = 1.0,
+        dft_gamma: float = 1.0,
+        dft_floor: float = 0.0,
+        dft_alpha_warmup_ratio: float = 0.0,
+        plain_tokens: tuple[int, ...] = (),
+        loss_normalization: Normalization = "token",
+        fused_loss: Literal["auto", "on", "off"] = "auto",
+        loss_chunk_mb: float = CHUNK_MB,
         log_metrics_steps: int | None = None,
         **kwargs,
     ):
-        if not 0.0 <= dft_alpha <= 1.0:
-            raise ValueError(f"dft_alpha must be between 0 (SFT) and 1 (pure DFT), got {dft_alpha}")
+        self.token_weight = TokenWeight(dft_alpha, dft_gamma, dft_floor, tuple(plain_tokens))
+        if not 0.0 <= dft_alpha_warmup_ratio <= 1.0:
+            raise ValueError(f"dft_alpha_warmup_ratio must be between 0 and 1, got {dft_alpha_warmup_ratio}")
+        if loss_normalization not in ("token", "turn"):
+            raise ValueError(f"loss_normalization must be token or turn, got {loss_normalization!r}")
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("DFTTrainer computes the loss itself: drop compute_loss_func")
         super().__init__(model, args, **kwargs)
         self._refuse_what_changes_the_loss()
-        self.dft_alpha = dft_alpha
+        self.dft_alpha_warmup_ratio = dft_alpha_warmup_ratio
+        self.loss_normalization = loss_normalization
+        self.loss_head = self._choose_loss_head(fused_loss, loss_chunk_mb)
+        self._fused_loss = fused_loss
+        self._needs_no_logits = False  # in this step of the evaluation
+        self._num_batches = 1  # micro-batches of this step
         self.log_metrics_steps = log_metrics_steps
         # the count of supervised tokens is taken in get_batch_samples, whatever the model's signature
         self.model_accepts_loss_kwargs = False
@@ -127,14 +165,31 @@ class DFTTrainer(Trainer):
             raise ValueError("label_smoothing_factor has no meaning for the DFT loss: set it to 0")
         if self.args.n_gpu > 1:
             raise ValueError("DataParallel is not supported: start one process per GPU (torchrun, deepspeed)")
-        if getattr(self.model.config, "output_router_logits", False):
-            raise ValueError(
-                "the router loss of mixture-of-experts models is not supported: set output_router_logits=False"
-            )
+
+    def _choose_loss_head(self, fused_loss: str, chunk_mb: float) -> LossHead | None:
+        """The head that computes the loss, None to compute it from logits; says which and why."""
+        if chunk_mb <= 0:
+            raise ValueError(f"loss_chunk_mb must be above 0, got {chunk_mb}")
+        if fused_loss == "off":
+            return None
+        try:
+            if self.args.torch_compile:
+                raise UnsupportedHead("torch_compile makes its own of the head")
+            head = LossHead(self.model, chunk_mb)
+        except UnsupportedHead as error:
+            return self._without_loss_head(fused_loss, error)
+        how = f"called chunk by chunk ({head.wrapping})" if head.wrapping else "fused with the loss"
+        logger.info("Loss: the head is %s, no more than %g MB of logits at once", how, chunk_mb)
+        return head
+
+    def _without_loss_head(self, fused_loss: str, error: UnsupportedHead) -> None:
+        if fused_loss == "on":
+            raise UnsupportedHead(f"fused_loss is on, but {error}; turn it off") from error
+        logger.warning("Loss: from the model's logits, which takes more memory: %s", error)
 
     def _forget_metrics(self) -> None:
         self._train_sums = TokenSums(self.args.device)
-        self._unshown = [0.0] * 6  # sums since the DFT metrics were last logged
+        self._unshown = [0.0] * 7  # sums since the DFT metrics were last logged
         self._shown_step = 0  # when that was
         self._clock: float | None = None  # when the last training record was written; None before the first step
 
@@ -152,18 +207,24 @@ class DFTTrainer(Trainer):
     # ---- the loss -------------------------------------------------------------------------------
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The micro-batches of one step and the number of tokens they supervise on all ranks."""
+        """The micro-batches of one step, and the supervised tokens (or turns) of all ranks to divide by."""
         if self._clock is None:
             self._clock = time.perf_counter()
             self._shown_step = self.state.global_step
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         count = torch.zeros((), dtype=torch.int64, device=device)
         for batch in batches:
-            count += count_supervised(batch["labels"]).to(device)
+            count += count_terms(batch["labels"], self.loss_normalization).to(device)
+        self._num_batches = max(len(batches), 1)
         return batches, self.accelerator.reduce(count, reduction="sum")
 
+    def alpha_at(self, step: int) -> float:
+        """The alpha of a step, counted from 0."""
+        warmup_steps = self.dft_alpha_warmup_ratio * self.state.max_steps
+        return self.token_weight.alpha * (1.0 if step >= warmup_steps else step / warmup_steps)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """sum(w * nll) of this micro-batch over the supervised tokens of the global batch (a scalar)."""
+        """sum(w * nll) of this micro-batch over the supervised tokens (or turns) of the global batch, a scalar."""
         if model.training and self.args.world_size > 1 and model is self.model and not self.is_fsdp_enabled:
             # accelerate doesn't wrap a model for training that evaluate() has prepared before
             raise RuntimeError(
@@ -173,23 +234,51 @@ class DFTTrainer(Trainer):
         labels = inputs.pop("labels")
         loss_weights = inputs.pop("loss_weights", None)
         inputs.pop("skip_logits", None)  # Trainer asks Liger models to skip them in evaluation
-        outputs = model(**inputs)
-        loss_sum, tokens = dft_loss_sum(outputs.logits, labels, self.dft_alpha, loss_weights)
+        weight = self.token_weight
+        if model.training:
+            weight = replace(weight, alpha=self.alpha_at(self.state.global_step))
+        scales = token_scales(labels, loss_weights, self.loss_normalization)
+        fuse = self.loss_head is not None and (self._needs_no_logits or not return_outputs)
+        loss_sum, tokens, outputs = self._score(model, inputs, labels, weight, scales, fuse)
 
+        num_terms = count_terms(labels, self.loss_normalization)
         sums = self._train_sums if model.training else self._eval_sums
-        sums.add(
-            loss_sum,
-            tokens,
-            inputs["attention_mask"].sum() if "attention_mask" in inputs else labels.numel(),
-        )
+        num_tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else labels.numel()
+        sums.add(loss_sum, num_terms, tokens, num_tokens)
 
         if num_items_in_batch is None:  # evaluation: the metrics come from the sums
-            num_items_in_batch = torch.tensor(tokens.nll.numel())
+            num_items_in_batch = num_terms
         loss = loss_sum / num_items_in_batch.clamp(min=1)
         if model.training:
             # DDP and ZeRO average the gradients of the ranks; the count is already that of all ranks
             loss = loss * self.accelerator.num_processes
+            if getattr(outputs, "aux_loss", None) is not None:  # of the routers of mixture-of-experts models
+                coefficient = self.model.config.get_text_config().router_aux_loss_coef
+                loss = loss + coefficient * outputs.aux_loss.to(loss.device) / self._num_batches
         return (loss, outputs) if return_outputs else loss
+
+    def _score(self, model, inputs, labels, weight, scales, fuse: bool):
+        """Loss sum, statistics of the tokens, and the model's outputs, whose logits are not real where `fuse`."""
+        if not fuse:
+            outputs = model(**inputs)
+            return *dft_loss_sum(outputs.logits, labels, weight, scales), outputs
+        with self.loss_head.computing(labels, weight, scales) as result:
+            outputs = model(**inputs)
+        try:
+            loss_sum, tokens = result.take()
+            self.loss_head.check(outputs.logits)
+        except UnsupportedHead as error:
+            self.loss_head = self._without_loss_head(self._fused_loss, error)
+            return self._score(model, inputs, labels, weight, scales, fuse=False)
+        return loss_sum, tokens, outputs
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Trainer's; where only the loss is wanted, no logits are made."""
+        self._needs_no_logits = bool(prediction_loss_only)
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        finally:
+            self._needs_no_logits = False
 
     # ---- metrics --------------------------------------------------------------------------------
 
@@ -210,7 +299,7 @@ class DFTTrainer(Trainer):
             shown = averages(self._unshown)
             logs["ce_loss"] = shown["ce_loss"]
             logs["train/avg_p_correct"] = shown["avg_p_correct"]
-            logs["train/dft_alpha"] = self.dft_alpha
+            logs["train/dft_alpha"] = self.alpha_at(self.state.global_step - 1)
             logs["token_accuracy"] = shown["acc"]
             self._unshown = [0.0] * len(sums)
             self._shown_step = self.state.global_step
@@ -247,7 +336,7 @@ def averages(sums: list[float]) -> dict[str, float]:
     """Token averages of `TokenSums.take`: loss, ce_loss, avg_p_correct, acc. Zero where nothing was summed."""
     n = max(sums[TokenSums.SUPERVISED], 1.0)
     return {
-        "loss": sums[TokenSums.LOSS] / n,
+        "loss": sums[TokenSums.LOSS] / max(sums[TokenSums.TERMS], 1.0),
         "ce_loss": sums[TokenSums.NLL] / n,
         "avg_p_correct": sums[TokenSums.P_CORRECT] / n,
         "acc": sums[TokenSums.TOP1] / n,

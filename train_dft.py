@@ -64,6 +64,13 @@ def main(argv: list[str] | None = None) -> None:
         model,
         args,
         dft_alpha=dft_args.alpha,
+        dft_gamma=dft_args.dft_gamma,
+        dft_floor=dft_args.dft_floor,
+        dft_alpha_warmup_ratio=dft_args.dft_alpha_warmup_ratio,
+        plain_tokens=special_tokens(tokenizer) if dft_args.dft_special_tokens == "ce" else (),
+        loss_normalization=dft_args.loss_normalization,
+        fused_loss=dft_args.fused_loss,
+        loss_chunk_mb=dft_args.loss_chunk_mb,
         log_metrics_steps=logging_args.log_metrics_steps,
         data_collator=PaddingCollator(tokenizer),
         train_dataset=data.train,
@@ -158,6 +165,12 @@ def load_tokenizer(model_args: ModelArguments, data_args: DataArguments) -> PreT
     return tokenizer
 
 
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The ids of all special tokens: end of turn, end of text, padding, what else the tokenizer marks as such."""
+    added = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return tuple(sorted(added | set(tokenizer.all_special_ids)))
+
+
 def load_data(
     data_args: DataArguments, args: DFTTrainingArguments, tokenizer: PreTrainedTokenizerBase
 ) -> PreparedData:
@@ -222,7 +235,7 @@ def load_config(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase) 
     """The model's configuration, checked before any data is prepared for it.
 
     Raises:
-        UserError: it can't be loaded, has a loss of its own, or its vocabulary is smaller than the tokenizer's.
+        UserError: it can't be loaded, or its vocabulary is smaller than the tokenizer's.
     """
     name = model_args.model_name_or_path
     try:
@@ -230,11 +243,6 @@ def load_config(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase) 
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"--model_name_or_path {name}: its configuration can't be loaded: {error}") from error
     text_config = config.get_text_config()
-    if getattr(text_config, "output_router_logits", False):
-        raise UserError(
-            f"--model_name_or_path {name}: set output_router_logits to false in its config.json; the router loss of "
-            "mixture-of-experts models is not supported"
-        )
     if len(tokenizer) > text_config.vocab_size:
         raise UserError(
             f"--model_name_or_path {name}: its tokenizer has {len(tokenizer)} tokens, the model "

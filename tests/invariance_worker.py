@@ -16,7 +16,7 @@ import torch
 from transformers import DataCollatorForSeq2Seq
 
 from arguments import DFTTrainingArguments
-from dft_loss import count_supervised
+from dft_loss import count_terms
 from dft_trainer import DFTTrainer
 from process_group import program
 from scripts.make_example_data import dialogues_zh, facts_en
@@ -33,7 +33,7 @@ class MicroBatchMean(DFTTrainer):
     loss_is_scaled_for_ga = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        count = count_supervised(inputs["labels"]) * self.accelerator.num_processes
+        count = count_terms(inputs["labels"]) * self.accelerator.num_processes
         return super().compute_loss(model, inputs, return_outputs, count)
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dft_loss import count_supervised, dft_loss_sum, dft_weight, token_statistics
+from dft_loss import TokenWeight, count_terms, dft_loss_sum, shift_labels, token_scales, token_statistics
 
 
 def random_case(seed: int = 0, batch: int = 3, length: int = 17, vocab: int = 29):
@@ -51,7 +51,12 @@ def check_against_reference(loss_sum, alpha: float, seed: int = 0) -> None:
 
 
 def ours(logits, labels, alpha):
-    return dft_loss_sum(logits, labels, alpha)[0]
+    return dft_loss_sum(logits, labels, TokenWeight(alpha))[0]
+
+
+def statistics(logits, labels):
+    targets = shift_labels(labels)
+    return token_statistics(logits[targets != -100], targets[targets != -100])
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -61,14 +66,14 @@ def test_value_and_gradient_equal_float64_reference(alpha, seed):
 
 
 def no_detach(logits, labels, alpha):
-    tokens = token_statistics(logits, labels)
+    tokens = statistics(logits, labels)
     return ((alpha * torch.exp(-tokens.nll) + 1 - alpha) * tokens.nll).sum()
 
 
 def wrong_token(logits, labels, alpha):
-    tokens = token_statistics(logits, labels)
-    other = token_statistics(logits, torch.where(labels == -100, labels, (labels + 1) % logits.shape[-1]))
-    return (dft_weight(other.p_correct, alpha) * tokens.nll).sum()
+    tokens = statistics(logits, labels)
+    other = statistics(logits, torch.where(labels == -100, labels, (labels + 1) % logits.shape[-1]))
+    return (TokenWeight(alpha)(other.p_correct, None) * tokens.nll).sum()
 
 
 def off_by_one(logits, labels, alpha):
@@ -77,7 +82,7 @@ def off_by_one(logits, labels, alpha):
 
 
 def mean_over_tokens(logits, labels, alpha):
-    return ours(logits, labels, alpha) / count_supervised(labels)
+    return ours(logits, labels, alpha) / count_terms(labels)
 
 
 @pytest.mark.parametrize("mutant", [no_detach, wrong_token, off_by_one, mean_over_tokens])
@@ -111,7 +116,7 @@ def test_gradient_at_p_one_tenth():
 
 def test_statistics_of_the_tokens():
     logits, labels = random_case()
-    tokens = token_statistics(logits.bfloat16(), labels)
+    tokens = statistics(logits.bfloat16(), labels)
     targets = labels[:, 1:]
     supervised = targets != -100
     probabilities = torch.softmax(logits.bfloat16().double()[:, :-1], dim=-1)[supervised]
@@ -123,7 +128,8 @@ def test_statistics_of_the_tokens():
 
 def weights_of_the_position_before(logits, labels, alpha, weights):
     """The mutant: the weight of the token that predicts, not of the token that is predicted."""
-    return dft_loss_sum(logits, labels, alpha, torch.roll(weights, 1, dims=-1))[0]
+    scales = token_scales(labels, torch.roll(weights, 1, dims=-1))
+    return dft_loss_sum(logits, labels, TokenWeight(alpha), scales)[0]
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.7])
@@ -136,7 +142,9 @@ def test_loss_weights_multiply_the_loss_of_their_token(alpha):
             alone = torch.full_like(labels, -100)
             alone[b, t] = labels[b, t]
             expected += float(weights[b, t]) * reference(logits, alone, alpha)[0]
-    assert float(dft_loss_sum(logits, labels, alpha, weights)[0]) == pytest.approx(expected, rel=1e-6)
+    assert float(dft_loss_sum(logits, labels, TokenWeight(alpha), token_scales(labels, weights))[0]) == pytest.approx(
+        expected, rel=1e-6
+    )
     assert float(weights_of_the_position_before(logits, labels, alpha, weights)) != pytest.approx(expected, rel=1e-3)
 
 
@@ -152,4 +160,4 @@ def test_nothing_supervised_is_a_connected_zero():
 
 def test_the_first_token_of_a_row_is_never_counted():
     labels = torch.tensor([[5, -100, 7], [5, 6, -100]])
-    assert count_supervised(labels) == 2
+    assert count_terms(labels) == 2

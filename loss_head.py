@@ -1,0 +1,146 @@
+"""Where the loss is computed: inside the model's own forward, in place of its output embedding (the head).
+
+There the head's weights are whole under ZeRO-3 and FSDP, and no logits leave it. For one call of the model
+the head computes the loss and returns a few known numbers instead of logits. They pass through whatever
+the model does to its logits and come out as its `logits`: at the first call it is seen there, not believed,
+that the loss was made of the same logits.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from dft_loss import TokenStatistics, TokenWeight
+from dist_logger import UserError
+from fused_loss import CHUNK_MB, LogitTransform, chunked_dft_loss_sum, fused_dft_loss_sum
+
+
+class UnsupportedHead(UserError, ValueError):
+    """Why the loss can't be computed in a model's head."""
+
+
+@dataclass
+class HeadLoss:
+    """The loss that the head has made of one micro-batch."""
+
+    loss_sum: Tensor | None = None  # scalar, float32
+    tokens: TokenStatistics | None = None
+
+    def take(self) -> tuple[Tensor, TokenStatistics]:
+        """Both; raises UnsupportedHead if the head was not called."""
+        if self.loss_sum is None or self.tokens is None:
+            raise UnsupportedHead("the model's forward doesn't call its output embedding")
+        return self.loss_sum, self.tokens
+
+
+class LossHead:
+    """Computes the DFT loss in the head of one model.
+
+    Args:
+        model: not wrapped by DDP, FSDP or DeepSpeed yet.
+        chunk_mb: MB of float32 logits at once.
+
+    Attributes:
+        wrapping: what the head is more than a linear layer, in words; it is then called chunk by chunk,
+            otherwise its weights are used. "" for a linear layer.
+
+    Raises:
+        UnsupportedHead: the model has no head that its forward calls by name.
+    """
+
+    def __init__(self, model: PreTrainedModel, chunk_mb: float = CHUNK_MB):
+        head = model.get_output_embeddings()
+        places = [(owner, name) for owner in model.modules() for name, m in owner.named_children() if m is head]
+        if head is None or not places:
+            raise UnsupportedHead(f"{type(model).__name__} has no output embedding")
+        config = model.config.get_text_config()
+        self.wrapping = _wrapping(head)
+        self.transform = logit_transform(config)
+        self._head = head
+        self._owner, self._name = places[0]
+        self._vocab_size = config.vocab_size
+        self._chunk_mb = chunk_mb
+        self._is_checked = False
+
+    @contextmanager
+    def computing(self, labels: Tensor, weight: TokenWeight, scales: Tensor | None = None) -> Iterator[HeadLoss]:
+        """Within it, a call of the model makes the DFT loss of `labels` [B, T], to be taken from what it yields.
+
+        weight, scales: see dft_loss.dft_loss_sum.
+        """
+        result = HeadLoss()
+
+        def forward(hidden: Tensor) -> Tensor:
+            if hidden.shape[:2] != labels.shape:
+                raise UnsupportedHead(
+                    f"the head sees hidden states of {list(hidden.shape)} for labels of {list(labels.shape)}"
+                )
+            settings: dict[str, Any] = {"transform": self.transform, "chunk_mb": self._chunk_mb}
+            if self.wrapping:
+                loss = chunked_dft_loss_sum(
+                    hidden, self._head, labels, weight, scales, vocab_size=self._vocab_size, **settings
+                )
+            else:
+                loss = fused_dft_loss_sum(
+                    hidden, self._head.weight, labels, weight, scales, bias=self._head.bias, **settings
+                )
+            result.loss_sum, result.tokens = loss
+            # connected to the loss, for those who look for unused parameters behind a model's outputs
+            return _probe(self._vocab_size, hidden.device) + torch.nan_to_num(0.0 * result.loss_sum)
+
+        if self.wrapping:  # its own forward and hooks are called for every chunk
+            self._owner.__dict__[self._name] = forward  # hides the module of this name
+            try:
+                yield result
+            finally:
+                del self._owner.__dict__[self._name]
+        else:  # its hooks, which gather sharded weights, run around this one call
+            before = self._head.__dict__.get("forward")
+            self._head.forward = forward
+            try:
+                yield result
+            finally:
+                del self._head.forward
+                if before is not None:
+                    self._head.forward = before
+
+    def check(self, logits: Tensor) -> None:
+        """Compares what the first call of the model made of the known numbers with what the loss is made of.
+
+        Raises:
+            UnsupportedHead: it is something else.
+        """
+        if self._is_checked:
+            return
+        probe = _probe(self._vocab_size, logits.device)
+        expected = self.transform(probe)
+        if logits.shape != expected.shape or not torch.allclose(logits.float(), expected, rtol=1e-2, atol=1e-2):
+            raise UnsupportedHead("the model changes its logits in a way that is not known")
+        self._is_checked = True
+
+
+def _probe(size: int, device: torch.device) -> Tensor:
+    """Logits [1, 1, V] from -40 to 40."""
+    return torch.linspace(-40.0, 40.0, size, device=device)[None, None]
+
+
+def logit_transform(config: PretrainedConfig) -> LogitTransform:
+    """What the model of a configuration does to its logits, as far as it is said there."""
+    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+    scale *= getattr(config, "lm_head_multiplier", None) or 1.0  # Falcon-H1
+    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
+    return LogitTransform(scale, getattr(config, "final_logit_softcapping", None))  # Gemma
+
+
+def _wrapping(head: nn.Module) -> str:
+    """What makes a head more than its weights: an adapter, quantised weights, hooks."""
+    if type(head) is not nn.Linear:
+        return f"the head is a {type(head).__name__}"
+    if any((head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)):
+        return "the head has hooks"
+    return ""
