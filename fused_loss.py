@@ -93,18 +93,21 @@ def chunked_dft_loss_sum(
     scales: Tensor | None = None,
     *,
     transform: LogitTransform = LogitTransform(),
-    chunk_mb: float = CHUNK_MB,
+    chunk_mb: float | None = CHUNK_MB,
     vocab_size: int,
 ) -> tuple[Tensor, TokenStatistics]:
     """As `fused_dft_loss_sum`, with any module as the head: adapters, quantised weights, hooks.
 
     The module is called for one chunk after the other, and once more for each in the backward pass.
+
+    Args:
+        chunk_mb: None calls it once, with all supervised tokens.
     """
     targets = shift_labels(labels)
     supervised = targets != IGNORE_INDEX
     targets = targets[supervised]
     rows = hidden[supervised]  # [N, H]
-    chunk = max(1, int(chunk_mb * 1e6) // (4 * vocab_size))
+    chunk = len(rows) if chunk_mb is None else max(1, int(chunk_mb * 1e6) // (4 * vocab_size))
 
     def score(rows: Tensor, targets: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         logits = head(rows).float()
@@ -113,10 +116,13 @@ def chunked_dft_loss_sum(
         return (losses if scales is None else losses * scales).sum(), tokens.nll.detach(), tokens.is_top1
 
     parts = []
-    for start in range(0, max(len(rows), 1), chunk):  # without rows once, for the collectives of sharded heads
+    for start in range(0, max(len(rows), 1), max(chunk, 1)):
         some = slice(start, start + chunk)
         args = (rows[some], targets[some], None if scales is None else scales[some])
-        parts.append(checkpoint(score, *args, use_reentrant=False) if torch.is_grad_enabled() else score(*args))
+        if torch.is_grad_enabled() and chunk < len(rows):
+            parts.append(checkpoint(score, *args, use_reentrant=False))
+        else:
+            parts.append(score(*args))
     losses, nll, is_top1 = zip(*parts, strict=True)
     nll = torch.cat(nll)
     return torch.stack(losses).sum(), TokenStatistics(nll, torch.exp(-nll), torch.cat(is_top1))

@@ -1,7 +1,7 @@
 """Where the loss is computed: inside the model's own forward, in place of its output embedding (the head).
 
-There the head's weights are whole under ZeRO-3 and FSDP, and no logits leave it. For one call of the model
-the head computes the loss and returns a few known numbers instead of logits. They pass through whatever
+For one call of the model, a function stands in for its head. It computes the loss, within a call of the head
+so that sharded weights are gathered, and returns known numbers instead of logits. They pass through whatever
 the model does to its logits and come out as its `logits`: at the first call it is seen there, not believed,
 that the loss was made of the same logits.
 """
@@ -75,39 +75,40 @@ class LossHead:
         """
         result = HeadLoss()
 
+        settings: dict[str, Any] = {"transform": self.transform, "chunk_mb": self._chunk_mb}
+
+        def fused(hidden: Tensor) -> Tensor:
+            loss_sum, result.tokens = fused_dft_loss_sum(
+                hidden, self._head.weight, labels, weight, scales, bias=self._head.bias, **settings
+            )
+            return loss_sum
+
         def forward(hidden: Tensor) -> Tensor:
             if hidden.shape[:2] != labels.shape:
                 raise UnsupportedHead(
                     f"the head sees hidden states of {list(hidden.shape)} for labels of {list(labels.shape)}"
                 )
-            settings: dict[str, Any] = {"transform": self.transform, "chunk_mb": self._chunk_mb}
             if self.wrapping:
-                loss = chunked_dft_loss_sum(
+                if any(hasattr(parameter, "ds_id") for parameter in self._head.parameters()):
+                    # ZeRO-3: each call of the head is a collective, and ranks have different numbers of chunks
+                    settings["chunk_mb"] = None
+                result.loss_sum, result.tokens = chunked_dft_loss_sum(
                     hidden, self._head, labels, weight, scales, vocab_size=self._vocab_size, **settings
                 )
             else:
-                loss = fused_dft_loss_sum(
-                    hidden, self._head.weight, labels, weight, scales, bias=self._head.bias, **settings
-                )
-            result.loss_sum, result.tokens = loss
+                self._head.forward = fused
+                try:
+                    result.loss_sum = self._head(hidden)  # hooks around it gather sharded weights
+                finally:
+                    del self._head.forward
             # connected to the loss, for those who look for unused parameters behind a model's outputs
             return _probe(self._vocab_size, hidden.device) + torch.nan_to_num(0.0 * result.loss_sum)
 
-        if self.wrapping:  # its own forward and hooks are called for every chunk
-            self._owner.__dict__[self._name] = forward  # hides the module of this name
-            try:
-                yield result
-            finally:
-                del self._owner.__dict__[self._name]
-        else:  # its hooks, which gather sharded weights, run around this one call
-            before = self._head.__dict__.get("forward")
-            self._head.forward = forward
-            try:
-                yield result
-            finally:
-                del self._head.forward
-                if before is not None:
-                    self._head.forward = before
+        self._owner.__dict__[self._name] = forward  # hides the module of this name from the model's forward
+        try:
+            yield result
+        finally:
+            del self._owner.__dict__[self._name]
 
     def check(self, logits: Tensor) -> None:
         """Compares what the first call of the model made of the known numbers with what the loss is made of.
@@ -141,6 +142,8 @@ def _wrapping(head: nn.Module) -> str:
     """What makes a head more than its weights: an adapter, quantised weights, hooks."""
     if type(head) is not nn.Linear:
         return f"the head is a {type(head).__name__}"
+    if "forward" in vars(head):
+        return "the head's forward is replaced"
     if any((head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)):
         return "the head has hooks"
     return ""

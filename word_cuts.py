@@ -23,7 +23,7 @@ PIECE = re.compile(r"(?: ?\S+|\s+\S*)(?:(?! \S)\s+\S*)*")
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # ByteLevel's own
 # what an expression may consist of; whoever uses more isn't cut
 PROPERTY = r"\\p\{(?:[LMNPS][a-z]?|Han|Hiragana|Katakana|Hangul|Latin)\}"  # no white space has these
-CLASS_ITEM = re.compile(rf"{PROPERTY}|\\.|[^\\]-[^\\]|[^\\]", re.DOTALL)
+CLASS_ITEM = re.compile(rf"{PROPERTY}|(?:\\.|[^\\])-(?:\\.|[^\\])|\\.|[^\\]", re.DOTALL)
 PART = re.compile(
     rf"""
       (?P<no_more>\(\?!\\S\))
@@ -49,18 +49,18 @@ def can_cut_at_blanks(backend: Tokenizer) -> bool:
     True only where that follows from the tokenizer's parts; False for others, which may be as good.
     """
     state = json.loads(backend.to_str(pretty=False))
-    if (state["model"].get("dropout") or 0) > 0 or not _is_harmless(state["normalizer"]):
+    if state["model"]["type"] != "BPE" or state["model"]["dropout"] or not _is_harmless(state["normalizer"]):
         return False
     for token in state["added_tokens"]:
         if token["lstrip"] or token["rstrip"] or token["single_word"] or " " in token["content"]:
             return False
     steps = state["pre_tokenizer"] or {}
     steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
-    if steps[-1].get("type") != "ByteLevel":
+    if not steps or steps[-1].get("type") != "ByteLevel":
         return False
     expressions: list[str] = []
     for step in steps:
-        if step.get("type") == "ByteLevel" and not step["add_prefix_space"]:
+        if step.get("type") == "ByteLevel" and not step["add_prefix_space"] and step is steps[-1]:
             expressions += [GPT2] if step["use_regex"] else []
         elif step.get("type") == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
             expressions.append(step["pattern"].get("Regex", "."))
@@ -139,13 +139,17 @@ def _takes(atom: str) -> tuple[bool, bool]:
         items = [_takes(item) for item in CLASS_ITEM.findall(atom[1 + is_negated : -1])]
         takes_blank = any(blank for blank, _ in items)
         return (not takes_blank, False) if is_negated else (takes_blank, all(white for _, white in items))
-    if len(atom) == 3:  # a range
+    if re.fullmatch(PROPERTY, atom):
+        return False, False
+    if len(atom) > 2:
+        if len(atom) > 3 or "\\" in atom:
+            raise ValueError(f"the range {atom} is not known")
         return atom[0] <= " " <= atom[2], False
     if atom == r"\s":
         return True, True
     if atom in (r"\n", r"\r", r"\t"):
         return False, True
-    if atom.startswith(r"\p") or atom in (r"\d", r"\w", r"\S"):
+    if atom in (r"\d", r"\w", r"\S"):
         return False, False
     if atom.startswith("\\") and (atom[1].isalnum() or atom[1].isspace()):
         raise ValueError(f"{atom} is not known")

@@ -20,17 +20,23 @@ class WordEncoder:
     """Tokenises texts without control tokens, and keeps the ids of the words in them.
 
     Args:
-        backend: a tokenizer of which `can_cut_at_blanks`.
+        backend: a tokenizer of which `can_cut_at_blanks`, without truncation and padding.
     """
 
     def __init__(self, backend: Tokenizer):
         self._backend = backend
         self._kept: dict[str, bytes] = {}  # ids, int32
         vocab = backend.get_vocab(with_added_tokens=True)
-        self._begins_with_blank = np.zeros(max(vocab.values()) + 1, dtype=bool)
+        self._begins_with_blank = np.zeros(max(vocab.values(), default=0) + 1, dtype=bool)
         self._begins_with_blank[[token_id for token, token_id in vocab.items() if token.startswith(BLANK)]] = True
         added = (token.content for token in backend.get_added_tokens_decoder().values())
-        self._has_blank = BLANK in vocab and not any(token.startswith(BLANK) for token in added)
+        model = backend.model
+        self._shows_blanks = BLANK in vocab and not (
+            model.end_of_word_suffix
+            or model.continuing_subword_prefix
+            or (model.unk_token or "").startswith(BLANK)
+            or any(token.startswith(BLANK) for token in added)
+        )
 
     def encode(self, texts: list[str]) -> list[bytes]:
         """The ids of each text, int32."""
@@ -48,7 +54,7 @@ class WordEncoder:
 
     def _tokenise(self, words: list[str]) -> None:
         """Simple words many at once: only the first token of each begins with a blank."""
-        simple = [word for word in words if self._has_blank and SIMPLE.fullmatch(word)]
+        simple = [word for word in words if self._shows_blanks and SIMPLE.fullmatch(word)]
         groups = [simple[i : i + AT_ONCE] for i in range(0, len(simple), AT_ONCE)]
         for group, ids in zip(groups, encode_batch(self._backend, ["".join(group) for group in groups]), strict=True):
             is_first = self._begins_with_blank[np.frombuffer(ids, dtype=np.int32)]

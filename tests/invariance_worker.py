@@ -2,17 +2,20 @@
 
     torchrun --nproc-per-node 2 tests/invariance_worker.py OUT MODE 4x1 1x4 …
 
-MODE is ddp, zero2, zero3, accelerate (its own ZeRO-3), mutant or evaluated-first. With plain SGD the
-change of the weights is the gradient. For every cut BATCHxACCUMULATION rank 0 writes
+MODE is ddp, zero2, zero3, accelerate (its own ZeRO-3), mutant or evaluated (before it is trained). Behind a
+dash it may say what the head is: logits (the loss comes from these), untied, lora (an adapter on the head),
+frozen. With plain SGD the change of the weights is the gradient. For every cut BATCHxACCUMULATION rank 0 writes
 OUT/BATCHxACCUMULATION.pt: {"gradient": [P] float32, "train": log record, "eval": log record}.
 """
 
+import copy
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq
 
 from arguments import DFTTrainingArguments
@@ -57,7 +60,26 @@ class Rows(torch.utils.data.Dataset):
         return self.rows[index]
 
 
+def make_model_with(head: str):
+    """The model, and its head of that kind."""
+    model = make_model(400, hidden_size=32, num_layers=2)
+    if head in ("untied", "lora", "frozen"):
+        config = copy.deepcopy(model.config)
+        config.tie_word_embeddings = False
+        torch.manual_seed(1)
+        model = type(model)(config)
+    if head == "frozen":
+        model.lm_head.requires_grad_(False)
+    if head == "lora":
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # zero at first
+                torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
 def one_step(mode: str, batch: int, accumulation: int, out: Path) -> None:
+    mode, _, head = mode.partition("-")
     tokenizer = make_tokenizer(strings(facts_en()[:20] + dialogues_zh()[:5]), vocab_size=400)
     args = DFTTrainingArguments(
         output_dir=str(out / "trainer"),
@@ -78,19 +100,21 @@ def one_step(mode: str, batch: int, accumulation: int, out: Path) -> None:
         activation_checkpointing=mode == "zero3",
         train_sampling_strategy="sequential",
     )
-    model = make_model(400, hidden_size=32, num_layers=2)
+    model = make_model_with(head)
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
     names = [name for name, _ in model.named_parameters()]
+    more = {"fused_loss": "off"} if head == "logits" else {"fused_loss": "on", "loss_chunk_mb": 20 * 4 * 400 / 1e6}
     cls = MicroBatchMean if mode == "mutant" else DFTTrainer
     trainer = cls(
         model,
         args,
         dft_alpha=0.7,
+        **more,
         train_dataset=Rows(GLOBAL_BATCH),
         eval_dataset=Rows(11),
         data_collator=DataCollatorForSeq2Seq(tokenizer),
     )
-    if mode == "evaluated-first":
+    if mode == "evaluated":
         trainer.evaluate()
     trainer.train()
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)

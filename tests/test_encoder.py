@@ -199,6 +199,13 @@ UNSAFE = [
     r"a||b",
     r"[a&&[b ]]",
     r"(?i)a",
+    r"[\p{L}\p{Z}]+",
+    r"[\p{^L}]+",
+    r"[\p{Any}]+",
+    r"[\t-a]+",
+    r"[\r--x]+",
+    r"[!-\]]+",
+    r"a[!-\]]",
 ]
 
 
@@ -206,9 +213,7 @@ UNSAFE = [
 def test_safe_expression_cuts_each_piece_as_within_the_text(expression):
     """Here by `Split` itself: whatever the vocabulary is."""
     assert keeps_to_words(expression)
-    split = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(e), "isolated") for e in (expression, r"\s+")]  # the second takes every blank
-    )
+    split = pre_tokenizers.Split(Regex(expression + r"|\s+"), "isolated")
     rng = random.Random(expression)
     for _ in range(3000):
         text = "".join(rng.choice([*PIECES, " b", "c ", "5", "'s", "/", "\r"]) for _ in range(rng.randrange(12)))
@@ -253,10 +258,38 @@ def test_long_words_and_old_words_are_forgotten(tokenizer, monkeypatch):
         assert set(words._kept) <= {"some", " words"}
 
 
-@pytest.mark.parametrize("vocabulary", ["with blank", "without blank", "added blank"])
+def test_other_parts_of_a_tokenizer_are_not_cut():
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    twice = split_bpe(CL100K).backend_tokenizer
+    twice.pre_tokenizer = pre_tokenizers.Sequence([byte_level, byte_level])
+    nothing = split_bpe(CL100K).backend_tokenizer
+    nothing.pre_tokenizer = pre_tokenizers.Sequence([])
+    dropout = split_bpe(CL100K).backend_tokenizer
+    dropout.model.dropout = 0.1
+    sampling = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0))
+    sampling.pre_tokenizer = byte_level
+    assert not any(map(can_cut_at_blanks, (twice, nothing, dropout, sampling)))
+
+
+@pytest.mark.parametrize(
+    "vocabulary", ["with blank", "without blank", "added blank", "suffix", "blank prefix", "unknown blank", "empty"]
+)
 def test_words_are_tokenised_together(vocabulary, monkeypatch):
     added = [AddedToken("Ġx", normalized=False)] if vocabulary == "added blank" else []
     backend = split_bpe(CL100K, added=added).backend_tokenizer
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = {
+        "suffix": {"end_of_word_suffix": "</w>"},
+        "blank prefix": {"continuing_subword_prefix": "Ġ"},
+        "unknown blank": {"unk_token": "Ġ"},
+        "empty": {},
+    }
+    if vocabulary in special:
+        tokens = (
+            [] if vocabulary == "empty" else [*alphabet, *(f"Ġ{a}" for a in alphabet), *(f"{a}</w>" for a in "adt")]
+        )
+        tokens = [token for token in tokens if token not in "qz"]  # unknown
+        backend.model = models.BPE({token: i for i, token in enumerate(tokens)}, [], **special[vocabulary])
     if vocabulary == "without blank":
         state = json.loads(backend.to_str())
         del state["model"]["vocab"]["Ġ"]
@@ -264,7 +297,8 @@ def test_words_are_tokenised_together(vocabulary, monkeypatch):
         backend = Tokenizer.from_str(json.dumps(state))
     words = WordEncoder(backend)
     monkeypatch.setattr("word_encoder.AT_ONCE", 3)
-    text = " The cat sat on  the\n mat Ġ Ġx é 中文 of a  thing,   they say 1 12 123 1234 – and\u00a0so on "
+    assert can_cut_at_blanks(backend)
+    text = " quiz The cat sat on  the\n mat Ġ Ġx é 中文 of a  thing,   they say 1 12 123 1234 – and\u00a0so on "
     assert words.encode([text, text[5:]]) == encode_batch(backend, [text, text[5:]])
 
 

@@ -51,6 +51,19 @@ def test_ranks_and_accumulation(reference, tmp_path, mode, cut):
     assert_same(results[cut], reference["8x1"])
 
 
+def test_the_loss_from_logits_is_the_same(reference, tmp_path):
+    results, _ = one_step(tmp_path, "ddp-logits", 1, "8x1")
+    assert_same(reference["8x1"], results["8x1"])
+
+
+@pytest.mark.parametrize("head", ["untied", "lora", "frozen"])
+def test_heads_of_other_kinds(tmp_path, head):
+    alone, _ = one_step(tmp_path / "one", f"ddp-{head}", 1, "8x1")
+    for mode in ("ddp", "zero3"):
+        results, _ = one_step(tmp_path / mode, f"{mode}-{head}", 2, "1x4")
+        assert_same(results["1x4"], alone["8x1"])
+
+
 def test_the_check_rejects_a_mean_per_micro_batch(reference, tmp_path):
     results, _ = one_step(tmp_path, "mutant", 2, "4x1", "1x4")
     for result in results.values():
@@ -60,5 +73,5 @@ def test_the_check_rejects_a_mean_per_micro_batch(reference, tmp_path):
 
 def test_training_without_averaged_gradients_is_refused(tmp_path):
     """Trainer.evaluate before Trainer.train leaves the model without DDP: each rank would train alone."""
-    _, output = one_step(tmp_path, "evaluated-first", 2, "4x1", expect=1)
+    _, output = one_step(tmp_path, "evaluated", 2, "4x1", expect=1)
     assert "gradients would not be averaged" in output

@@ -1,5 +1,6 @@
 """DFTTrainer in one process: its metrics against a recomputation, its evaluation, and what it refuses."""
 
+import inspect
 import json
 import math
 
@@ -29,7 +30,8 @@ def make_trainer(tokenizer, tmp_path):
     """A trainer on a small model, with plain TrainingArguments, as a notebook would make it."""
 
     def make(model=None, **settings) -> DFTTrainer:
-        own = {k: settings.pop(k) for k in ("dft_alpha", "log_metrics_steps", "compute_loss_func") if k in settings}
+        names = set(inspect.signature(DFTTrainer.__init__).parameters) | {"compute_loss_func"}
+        own = {name: settings.pop(name) for name in names if name in settings}
         args = TrainingArguments(
             output_dir=str(tmp_path),
             use_cpu=True,

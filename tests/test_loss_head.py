@@ -1,0 +1,297 @@
+"""The loss in the head of real architectures equals the loss from their logits, or the head is refused."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from test_trainer import make_trainer, rows  # noqa: F401 (a fixture)
+
+from dft_loss import TokenWeight, count_terms, dft_loss_sum
+from fused_loss import LogitTransform
+from loss_head import LossHead, UnsupportedHead
+from scripts.make_tiny_model import make_model
+
+SMALL = {
+    "vocab_size": 120,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "initializer_range": 0.2,
+}
+ARCHITECTURES = {
+    "Qwen2": {},
+    "Qwen3 tied": {"tie_word_embeddings": True},
+    "Llama": {},
+    "Gemma2": {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8},
+    "Gemma3": {"final_logit_softcapping": None, "query_pre_attn_scalar": 8},
+    "Granite": {"logits_scaling": 6.0},
+    "Cohere": {"logit_scale": 0.3},
+    "Mistral": {"bias": True},
+    "Mixtral": {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.1},
+}
+
+
+def model_of(name: str, **more) -> transformers.PreTrainedModel:
+    kind, *tied = name.split()
+    settings = {**SMALL, "tie_word_embeddings": bool(tied), **ARCHITECTURES[name], **more}
+    has_bias = settings.pop("bias", False)
+    config_name = "Gemma3TextConfig" if kind == "Gemma3" else f"{kind}Config"
+    torch.manual_seed(0)
+    config = getattr(transformers, config_name)(**settings)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    if has_bias:
+        model.lm_head = torch.nn.Linear(SMALL["hidden_size"], SMALL["vocab_size"])
+    return model.train()
+
+
+def batch(vocab_size: int = 120) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, vocab_size, (3, 20), generator=generator)
+    labels = ids.clone()
+    labels[torch.rand(3, 20, generator=generator) < 0.5] = -100
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def both_ways(model, check: bool = True) -> tuple[LossHead, dict[str, tuple]]:
+    """Loss and gradients from logits and in the head."""
+    head = LossHead(model, chunk_mb=7 * 4 * 120 / 1e6)
+    inputs = batch()
+    labels = inputs.pop("labels")
+    found = {}
+    for way in ("logits", "head"):
+        model.zero_grad(set_to_none=True)
+        if way == "logits":
+            loss, tokens = dft_loss_sum(model(**inputs).logits, labels, TokenWeight(0.7))
+        else:
+            with head.computing(labels, TokenWeight(0.7)) as result:
+                outputs = model(**inputs)
+            if check:
+                head.check(outputs.logits)
+            loss, tokens = result.take()
+        loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found[way] = (loss.detach(), tokens, gradients)
+    return head, found
+
+
+def assert_same(found: dict[str, tuple]) -> None:
+    (loss, tokens, gradients), (expected, theirs, expected_gradients) = found["head"], found["logits"]
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(tokens.p_correct, theirs.p_correct, rtol=1e-4, atol=1e-7)
+    assert tokens.is_top1.tolist() == theirs.is_top1.tolist()
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in expected_gradients.items():
+        error = (gradients[name] - gradient).norm() / gradient.norm().clamp(min=1e-6)
+        assert error < 1e-5, name
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures(name):
+    head, found = both_ways(model_of(name))
+    assert head.wrapping == ""
+    assert_same(found)
+
+
+def test_an_unknown_change_of_the_logits_is_found(monkeypatch):
+    """Here Gemma's, as if its name in the configuration weren't known."""
+    monkeypatch.setattr("loss_head.logit_transform", lambda config: LogitTransform())
+    with pytest.raises(UnsupportedHead, match="changes its logits"):
+        both_ways(model_of("Gemma2"))
+    _, found = both_ways(model_of("Gemma2"), check=False)
+    with pytest.raises(AssertionError):
+        assert_same(found)
+
+
+def test_a_cut_vocabulary_is_found():
+    head = LossHead(model_of("Qwen2"))
+    with pytest.raises(UnsupportedHead, match="changes its logits"):
+        head.check(torch.linspace(-40.0, 40.0, 120)[None, None, :119])
+    head.check(torch.linspace(-40.0, 40.0, 120)[None, None])
+
+
+def lora(model, *targets: str):
+    torch.manual_seed(1)
+    peft = get_peft_model(model, LoraConfig(r=2, target_modules=list(targets), lora_dropout=0.0))
+    for name, parameter in peft.named_parameters():
+        if "lora_B" in name:  # zero at first
+            torch.nn.init.normal_(parameter, std=0.2)
+    return peft
+
+
+@pytest.mark.parametrize(("targets", "wrapping"), [(["q_proj"], ""), (["q_proj", "lm_head"], "the head is a Linear")])
+def test_adapters(targets, wrapping):
+    model = lora(model_of("Qwen2"), *targets)
+    head, found = both_ways(model)
+    assert head.wrapping == wrapping
+    assert_same(found)
+    assert any("lora_B" in name for name in found["head"][2])
+    assert not any("base_layer" in name for name in found["head"][2])
+
+
+def test_hooks_of_the_head_are_honoured():
+    model = model_of("Llama")
+    model.lm_head.register_forward_hook(lambda module, inputs, output: output * 2)
+    head, found = both_ways(model)
+    assert head.wrapping == "the head has hooks"
+    assert_same(found)
+
+
+@pytest.mark.parametrize("targets", [[], ["lm_head"]])
+def test_checkpointing_of_activations(targets):
+    model = model_of("Qwen3 tied") if not targets else lora(model_of("Qwen2"), *targets)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    assert_same(both_ways(model)[1])
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+def test_the_model_is_left_as_it_was(wrap):
+    model = lora(model_of("Qwen2"), "lm_head") if wrap else model_of("Qwen2")
+    other = copy.deepcopy(model)
+    inputs = batch()
+    labels = inputs.pop("labels")
+    before = model(**inputs).logits
+    head = LossHead(model)
+    with head.computing(labels, TokenWeight()):
+        assert other(**inputs).logits.shape == before.shape
+        model(**inputs)
+    with pytest.raises(UnsupportedHead, match="hidden states of"), head.computing(labels[:, 1:], TokenWeight()):
+        model(**inputs)
+    torch.testing.assert_close(model(**inputs).logits, before)
+    assert model.state_dict().keys() == other.state_dict().keys()
+    assert not any("lm_head" in vars(module) for module in model.modules())
+
+
+def test_a_model_that_does_not_call_its_head_is_found():
+    model = model_of("Qwen2")
+    head = LossHead(model)
+    with head.computing(batch()["labels"], TokenWeight()) as result:
+        model.model(batch()["input_ids"])
+    with pytest.raises(UnsupportedHead, match="doesn't call"):
+        result.take()
+
+
+# ---- in the trainer -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"loss_normalization": "turn"}, {"dft_gamma": 2.0, "dft_floor": 0.2}])
+def test_training_and_evaluation_are_those_from_logits(make_trainer, settings):  # noqa: F811
+    results = {}
+    for fused in ("off", "on"):
+        common = {"learning_rate": 1e-2, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+        trainer = make_trainer(make_model(600, 32, 2), fused_loss=fused, loss_chunk_mb=0.01, **settings, **common)
+        trainer.train()
+        metrics = trainer.evaluate()
+        records = [r for r in trainer.state.log_history if "grad_norm" in r]
+        results[fused] = (metrics, records, torch.cat([p.flatten() for p in trainer.model.parameters()]))
+    for key in ("eval_loss", "eval_ce_loss", "eval_avg_p_correct", "eval_acc", "eval_perplexity"):
+        assert results["on"][0][key] == pytest.approx(results["off"][0][key], rel=1e-5), key
+    for a, b in zip(results["on"][1], results["off"][1], strict=True):
+        for key in ("loss", "ce_loss", "grad_norm", "train/avg_p_correct"):
+            assert a[key] == pytest.approx(b[key], rel=1e-5), key
+    torch.testing.assert_close(results["on"][2], results["off"][2], rtol=1e-3, atol=1e-5)
+
+
+def test_evaluation_makes_no_logits(make_trainer, monkeypatch):  # noqa: F811
+    trainer = make_trainer(fused_loss="on")
+    seen = []
+    score = trainer._score
+    monkeypatch.setattr(trainer, "_score", lambda *args: seen.append(args[-1]) or score(*args))
+    trainer.evaluate()
+    assert set(seen) == {True}
+    seen.clear()
+    assert trainer.predict(trainer.eval_dataset).predictions.shape[-1] == 600
+    assert set(seen) == {False}
+
+
+def test_an_unknown_head_is_used_through_its_logits_or_refused(make_trainer, monkeypatch, caplog):  # noqa: F811
+    monkeypatch.setattr("loss_head.logit_transform", lambda config: LogitTransform(0.5))
+    expected = make_trainer(fused_loss="off").evaluate()
+    trainer = make_trainer(fused_loss="auto")
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected["eval_loss"])
+    assert "changes its logits in a way that is not known" in caplog.text
+    assert trainer.loss_head is None
+    with pytest.raises(UnsupportedHead, match="fused_loss is on, but the model changes its logits"):
+        make_trainer(fused_loss="on").evaluate()
+
+
+def test_router_losses_are_added_as_the_model_would(make_trainer):  # noqa: F811
+    """The mean over micro-batches, whatever their number."""
+    data = Dataset.from_dict({k: v.tolist() for k, v in batch().items()}).repeat(2)
+    model = model_of("Mixtral")
+    inputs = data.with_format("torch")[:3]
+    own = model(**{k: inputs[k] for k in ("input_ids", "attention_mask", "labels")})
+    expected = torch.autograd.grad(own.loss, model.model.layers[0].mlp.gate.weight)[0]
+    for accumulation in (1, 2):
+        trainer = make_trainer(
+            copy.deepcopy(model),
+            dft_alpha=0.0,
+            max_steps=1,
+            optim="sgd",
+            learning_rate=1.0,
+            max_grad_norm=0.0,
+            lr_scheduler_type="constant",
+            gradient_accumulation_steps=accumulation,
+            per_device_train_batch_size=3,
+            train_sampling_strategy="sequential",
+        )
+        trainer.train_dataset = data
+        trainer.train()
+        change = model.model.layers[0].mlp.gate.weight - trainer.model.model.layers[0].mlp.gate.weight
+        torch.testing.assert_close(change, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_alpha_rises(make_trainer):  # noqa: F811
+    trainer = make_trainer(dft_alpha=0.8, dft_alpha_warmup_ratio=0.5, max_steps=8, learning_rate=0.0)
+    trainer.train()
+    records = [r for r in trainer.state.log_history if "grad_norm" in r]
+    assert [r["train/dft_alpha"] for r in records] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 0.8, 0.8, 0.8])
+    assert records[0]["loss"] == pytest.approx(records[0]["ce_loss"], rel=1e-6)
+    assert records[4]["loss"] < 0.5 * records[4]["ce_loss"]
+
+
+def test_plain_tokens_are_learnt_at_alpha_1(make_trainer):  # noqa: F811
+    """With p near 0, DFT gives no gradient; plain tokens get that of cross-entropy."""
+    every = tuple(range(600))
+    plain = make_trainer(dft_alpha=1.0, plain_tokens=every, max_steps=1)
+    plain.train()
+    record = next(r for r in plain.state.log_history if "grad_norm" in r)
+    assert record["loss"] == pytest.approx(record["ce_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dft_gamma": 0.0}, "gamma"),
+        ({"dft_floor": 2.0}, "floor"),
+        ({"dft_alpha_warmup_ratio": 1.5}, "dft_alpha_warmup_ratio"),
+        ({"loss_normalization": "row"}, "loss_normalization"),
+        ({"loss_chunk_mb": 0.0}, "loss_chunk_mb"),
+        ({"fused_loss": "on", "torch_compile": True}, "fused_loss is on, but torch_compile"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(make_trainer, settings, message):  # noqa: F811
+    with pytest.raises(ValueError, match=message):
+        make_trainer(**settings)
+
+
+def test_turns_weigh_the_same(make_trainer):  # noqa: F811
+    """One turn of one token and one of nine: each has half of the loss, however the batch is cut."""
+    ids = list(range(3, 15))
+    labels = [[-100] * 3 + [ids[3]] + [-100] * 8, [-100] * 3 + ids[3:]]
+    data = Dataset.from_dict({"input_ids": [ids, ids], "labels": labels})
+    losses = []
+    for size in (1, 2):
+        trainer = make_trainer(dft_alpha=0.0, loss_normalization="turn", per_device_eval_batch_size=size)
+        losses.append(trainer.evaluate(data)["eval_loss"])
+    single = [trainer.evaluate(data.select([i]))["eval_ce_loss"] for i in range(2)]
+    assert losses == pytest.approx([sum(single) / 2] * 2, rel=1e-6)
+    assert int(count_terms(torch.tensor(labels), "turn")) == 2
