@@ -56,10 +56,15 @@ class PreparedData:
     train: Dataset
     evaluation: Dataset | None
     train_files: np.ndarray  # int32 [rows of train], index into report["files"]
+    train_lines: np.ndarray  # int64 [rows of train], where the row begins in its file
     lengths: np.ndarray  # int32 [rows of train], tokens
     report: dict[str, Any]  # see data_report.make_report
     samples: list[SampleRow]  # the first training row of each file
     directory: Path  # rejected.jsonl is there
+
+    def source_of(self, index: int) -> str:
+        """The file and line of a training row."""
+        return f"{self.report['files'][self.train_files[index]]['path']}:{self.train_lines[index]}"
 
     def training_lengths(self) -> list[np.ndarray]:
         """The lengths in tokens, int32, of the training rows of each file, as often as an epoch sees them."""
@@ -317,6 +322,7 @@ def load_prepared(directory: Path) -> PreparedData:
         train=tokens.select(train),
         evaluation=tokens.select(evaluation) if len(evaluation) else None,
         train_files=file[train],
+        train_lines=line[train],
         lengths=length[train],
         report=report,
         samples=samples,

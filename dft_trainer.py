@@ -3,6 +3,7 @@
 import math
 import resource
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
@@ -12,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 from dft_loss import Normalization, TokenStatistics, TokenWeight, count_terms, dft_loss_sum, token_scales
 from dist_logger import get_logger
+from finite_check import FiniteCheck
 from fused_loss import CHUNK_MB
 from loss_head import LossHead, UnsupportedHead
 
@@ -99,6 +101,7 @@ class DFTTrainer(Trainer):
         fused_loss: on computes the loss in the model's head, without logits; off from the model's logits;
             auto in the head if it is one that is known.
         loss_chunk_mb: MB of logits that the fused loss holds at once.
+        source_of_row: where a training row comes from, for the error of a loss that is NaN or infinite.
         log_metrics_steps: add the DFT metrics only to log records at least this many steps apart;
             None adds them to every record.
         All others are Trainer's own.
@@ -133,6 +136,7 @@ class DFTTrainer(Trainer):
         loss_normalization: Normalization = "token",
         fused_loss: Literal["auto", "on", "off"] = "auto",
         loss_chunk_mb: float = CHUNK_MB,
+        source_of_row: Callable[[int], str] | None = None,
         log_metrics_steps: int | None = None,
         **kwargs,
     ):
@@ -151,6 +155,7 @@ class DFTTrainer(Trainer):
         self._fused_loss = fused_loss
         self._needs_no_logits = False  # in this step of the evaluation
         self._num_batches = 1  # micro-batches of this step
+        self._finite_check = FiniteCheck(self.train_dataset, source_of_row)
         self.log_metrics_steps = log_metrics_steps
         # the count of supervised tokens is taken in get_batch_samples, whatever the model's signature
         self.model_accepts_loss_kwargs = False
@@ -215,7 +220,7 @@ class DFTTrainer(Trainer):
         count = torch.zeros((), dtype=torch.int64, device=device)
         for batch in batches:
             count += count_terms(batch["labels"], self.loss_normalization).to(device)
-        self._num_batches = max(len(batches), 1)
+        self._num_batches = self._batches_to_do = len(batches)
         return batches, self.accelerator.reduce(count, reduction="sum")
 
     def alpha_at(self, step: int) -> float:
@@ -255,7 +260,16 @@ class DFTTrainer(Trainer):
             if getattr(outputs, "aux_loss", None) is not None:  # of the routers of mixture-of-experts models
                 coefficient = self.model.config.get_text_config().router_aux_loss_coef
                 loss = loss + coefficient * outputs.aux_loss.to(loss.device) / self._num_batches
+            self._finite_check.add(loss, inputs["input_ids"])
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args, **kwargs):
+        """Trainer's; after the last micro-batch of a step, and before the step is made, losses must be finite."""
+        loss = super().training_step(*args, **kwargs)
+        self._batches_to_do -= 1
+        if self._batches_to_do == 0:
+            self._finite_check.stop(self.state.global_step + 1)
+        return loss
 
     def _score(self, model, inputs, labels, weight, scales, fuse: bool):
         """Loss sum, statistics of the tokens, and the model's outputs, whose logits are not real where `fuse`."""

@@ -71,6 +71,7 @@ def main(argv: list[str] | None = None) -> None:
         loss_normalization=dft_args.loss_normalization,
         fused_loss=dft_args.fused_loss,
         loss_chunk_mb=dft_args.loss_chunk_mb,
+        source_of_row=data.source_of,
         log_metrics_steps=logging_args.log_metrics_steps,
         data_collator=PaddingCollator(tokenizer),
         train_dataset=data.train,

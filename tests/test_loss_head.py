@@ -249,6 +249,31 @@ def test_router_losses_are_added_as_the_model_would(make_trainer):  # noqa: F811
         torch.testing.assert_close(change, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_the_run(make_trainer, bad):  # noqa: F811
+    """Before the step is made, with the rows of the micro-batch."""
+    trainer = make_trainer(
+        model_of("Qwen2", vocab_size=600),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=4,
+        train_sampling_strategy="sequential",
+        source_of_row="chats.jsonl:{}".format,
+    )
+    rows_seen = [set(trainer.train_dataset[i]["input_ids"]) for i in range(8)]
+    token = next(iter(rows_seen[6] - set.union(*rows_seen[:6])))  # the second step's second micro-batch
+    with torch.no_grad():
+        trainer.model.get_input_embeddings().weight[token] = bad
+    head = trainer.model.lm_head.weight
+    before = head.clone()
+    with pytest.raises(FloatingPointError) as error:
+        trainer.train()
+    assert "in step 2. The rows of its batch: chats.jsonl:6, chats.jsonl:7." in str(error.value)
+    assert trainer.state.global_step == 1
+    assert torch.isfinite(head).all()
+    assert not torch.equal(head, before)  # the first step was made
+
+
 def test_alpha_rises(make_trainer):  # noqa: F811
     trainer = make_trainer(dft_alpha=0.8, dft_alpha_warmup_ratio=0.5, max_steps=8, learning_rate=0.0)
     trainer.train()
