@@ -146,12 +146,10 @@ class DFTArguments:
     _argument_group_name = "DFT loss"
 
     dft_alpha: float = option(
-        "Weight of a token: alpha * p_correct + (1 - alpha). 0 is plain SFT, 1 is pure DFT.", 1.0
+        "Weight of a token: max(floor, alpha * p_correct**gamma + 1 - alpha). 0 is plain SFT, 1 is pure DFT.", 1.0
     )
     use_simple_dft: bool = option("False switches DFT off: plain cross-entropy, as --dft_alpha 0.", True)
-    dft_gamma: float = option(
-        "Power of p_correct in the weight, above 0: alpha * p_correct**gamma + (1 - alpha).", 1.0
-    )
+    dft_gamma: float = option("Power of p_correct in the weight, above 0.", 1.0)
     dft_floor: float = option("The least weight of a token, from 0 to 1.", 0.0)
     dft_alpha_warmup_ratio: float = option(
         "Share of the steps, from 0 to 1, in which alpha rises linearly from 0 (SFT) to --dft_alpha.", 0.0
@@ -171,7 +169,9 @@ class DFTArguments:
         "on: stop where it isn't; off: from the model's logits.",
         "auto",
     )
-    loss_chunk_mb: float = option("MB of logits that the fused loss holds at once.", CHUNK_MB)
+    loss_chunk_mb: float | None = option(
+        f"MB of logits that the fused loss holds at once; by default {CHUNK_MB['cpu']:g}, on GPUs {CHUNK_MB['cuda']:g}"
+    )
 
     def __post_init__(self):
         if not 0 <= self.dft_alpha <= 1:
@@ -181,7 +181,7 @@ class DFTArguments:
         for name in ("dft_floor", "dft_alpha_warmup_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be between 0 and 1")
-        if not 0 < self.loss_chunk_mb < float("inf"):
+        if self.loss_chunk_mb is not None and not 0 < self.loss_chunk_mb < float("inf"):
             raise UserError(f"--loss_chunk_mb is {self.loss_chunk_mb}; it must be above 0")
 
     @property

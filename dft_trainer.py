@@ -100,7 +100,7 @@ class DFTTrainer(Trainer):
             the mean over each assistant turn, and divides their sum by the turns of the global batch.
         fused_loss: on computes the loss in the model's head, without logits; off from the model's logits;
             auto in the head if it is one that is known.
-        loss_chunk_mb: MB of logits that the fused loss holds at once.
+        loss_chunk_mb: MB of logits that the fused loss holds at once, see fused_loss.CHUNK_MB.
         source_of_row: where a training row comes from, for the error of a loss that is NaN or infinite.
         log_metrics_steps: add the DFT metrics only to log records at least this many steps apart;
             None adds them to every record.
@@ -114,6 +114,7 @@ class DFTTrainer(Trainer):
         token_accuracy       share of supervised tokens whose arg-max is right
         tokens_per_second, supervised_tokens_per_second, memory_gib
     Evaluation: loss, ce_loss, perplexity, avg_p_correct and acc of the whole set, behind the metric prefix.
+    predict() repeats rows to even out ranks, as Trainer does, and counts them.
 
     Raises:
         ValueError: a number outside its range, or an option that would change the loss behind its back.
@@ -135,7 +136,7 @@ class DFTTrainer(Trainer):
         plain_tokens: tuple[int, ...] = (),
         loss_normalization: Normalization = "token",
         fused_loss: Literal["auto", "on", "off"] = "auto",
-        loss_chunk_mb: float = CHUNK_MB,
+        loss_chunk_mb: float | None = None,
         source_of_row: Callable[[int], str] | None = None,
         log_metrics_steps: int | None = None,
         **kwargs,
@@ -155,6 +156,7 @@ class DFTTrainer(Trainer):
         self._fused_loss = fused_loss
         self._needs_no_logits = False  # in this step of the evaluation
         self._num_batches = 1  # micro-batches of this step
+        self._batches_to_do = 0  # of them
         self._finite_check = FiniteCheck(self.train_dataset, source_of_row)
         self.log_metrics_steps = log_metrics_steps
         # the count of supervised tokens is taken in get_batch_samples, whatever the model's signature
@@ -171,8 +173,9 @@ class DFTTrainer(Trainer):
         if self.args.n_gpu > 1:
             raise ValueError("DataParallel is not supported: start one process per GPU (torchrun, deepspeed)")
 
-    def _choose_loss_head(self, fused_loss: str, chunk_mb: float) -> LossHead | None:
+    def _choose_loss_head(self, fused_loss: str, chunk_mb: float | None) -> LossHead | None:
         """The head that computes the loss, None to compute it from logits; says which and why."""
+        chunk_mb = CHUNK_MB.get(self.args.device.type, CHUNK_MB["cpu"]) if chunk_mb is None else chunk_mb
         if chunk_mb <= 0:
             raise ValueError(f"loss_chunk_mb must be above 0, got {chunk_mb}")
         if fused_loss == "off":
@@ -221,6 +224,7 @@ class DFTTrainer(Trainer):
         for batch in batches:
             count += count_terms(batch["labels"], self.loss_normalization).to(device)
         self._num_batches = self._batches_to_do = len(batches)
+        self._finite_check.begin()
         return batches, self.accelerator.reduce(count, reduction="sum")
 
     def alpha_at(self, step: int) -> float:
@@ -258,28 +262,32 @@ class DFTTrainer(Trainer):
             # DDP and ZeRO average the gradients of the ranks; the count is already that of all ranks
             loss = loss * self.accelerator.num_processes
             if getattr(outputs, "aux_loss", None) is not None:  # of the routers of mixture-of-experts models
-                coefficient = self.model.config.get_text_config().router_aux_loss_coef
-                loss = loss + coefficient * outputs.aux_loss.to(loss.device) / self._num_batches
-            self._finite_check.add(loss, inputs["input_ids"])
+                loss = loss + self._router_coefficient() * outputs.aux_loss.to(loss.device) / self._num_batches
+            self._check_finite(loss, inputs)
         return (loss, outputs) if return_outputs else loss
 
-    def training_step(self, *args, **kwargs):
-        """Trainer's; after the last micro-batch of a step, and before the step is made, losses must be finite."""
-        loss = super().training_step(*args, **kwargs)
+    def _router_coefficient(self) -> float:
+        config = self.model.config.get_text_config()
+        return config.router_aux_loss_coef if hasattr(config, "router_aux_loss_coef") else config.aux_loss_coef
+
+    def _check_finite(self, loss: torch.Tensor, inputs: dict) -> None:
+        """Stops before the last backward pass of a step (DeepSpeed changes weights in it) if a loss is not finite."""
+        if self._batches_to_do == 0:  # not called by train()
+            return
+        self._finite_check.note(loss, inputs["input_ids"], inputs.get("attention_mask"))
         self._batches_to_do -= 1
         if self._batches_to_do == 0:
             self._finite_check.stop(self.state.global_step + 1)
-        return loss
 
     def _score(self, model, inputs, labels, weight, scales, fuse: bool):
         """Loss sum, statistics of the tokens, and the model's outputs, whose logits are not real where `fuse`."""
         if not fuse:
             outputs = model(**inputs)
             return *dft_loss_sum(outputs.logits, labels, weight, scales), outputs
-        with self.loss_head.computing(labels, weight, scales) as result:
-            outputs = model(**inputs)
         try:
-            loss_sum, tokens = result.take()
+            with self.loss_head.computing(labels, weight, scales) as result:
+                outputs = model(**inputs)
+            loss_sum, tokens = result.take(outputs.logits)
             self.loss_head.check(outputs.logits)
         except UnsupportedHead as error:
             self.loss_head = self._without_loss_head(self._fused_loss, error)

@@ -1,9 +1,9 @@
 """Stops a run at the first loss that is NaN or infinite, and says which rows it came from."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -11,7 +11,7 @@ MAX_NAMED = 20  # rows
 
 
 class FiniteCheck:
-    """Looks at the loss of every micro-batch without waiting for it.
+    """Looks at the losses of a step's micro-batches, on all ranks, before the last of them is learnt from.
 
     Args:
         dataset: the training rows, to find a batch's rows in.
@@ -21,42 +21,54 @@ class FiniteCheck:
     def __init__(self, dataset: Dataset | None, source_of: Callable[[int], str] | None = None):
         self._dataset = dataset
         self._source_of = source_of or (lambda index: f"row {index} of the training set")
-        self._waiting: list[tuple[Tensor, Any, Tensor]] = []  # is it finite, when that is known, input_ids
+        self._noted: list[tuple[Tensor, Tensor, Tensor | None]] = []
 
-    def add(self, loss_sum: Tensor, input_ids: Tensor) -> None:
-        """Notes the loss of a micro-batch with these rows [B, T]."""
-        is_finite, event = torch.isfinite(loss_sum.detach()), None
-        if loss_sum.is_cuda:
-            on_device, event = is_finite, torch.cuda.Event()
-            is_finite = torch.empty((), dtype=torch.bool, pin_memory=True)
-            is_finite.copy_(on_device, non_blocking=True)
-            event.record()
-        self._waiting.append((is_finite, event, input_ids))
+    def begin(self) -> None:
+        """The start of a step."""
+        self._noted = []
+
+    def note(self, loss: Tensor, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+        """A micro-batch: its loss, and its rows [B, T]."""
+        self._noted.append((loss.detach(), input_ids, attention_mask))
 
     def stop(self, step: int) -> None:
-        """Raises FloatingPointError if a loss noted since the last call is not finite.
+        """Raises FloatingPointError on every rank if a loss noted on any is not finite. A collective, once a step."""
+        is_bad = ~torch.isfinite(torch.stack([loss for loss, *_ in self._noted]))
+        any_bad = is_bad.any().int()
+        if _is_distributed():
+            dist.all_reduce(any_bad, op=dist.ReduceOp.MAX)
+        if not any_bad:
+            return
+        rows = [self._sources(*batch) for bad, (_, *batch) in zip(is_bad, self._noted, strict=True) if bad]
+        named = [name for some in _of_all_ranks(rows) for name in some]
+        listed = ", ".join(named[:MAX_NAMED]) + (f" and {len(named) - MAX_NAMED} more" if named[MAX_NAMED:] else "")
+        raise FloatingPointError(
+            f"the loss is NaN or infinite in step {step}. The rows of its batch: {listed}. Look at them, lower "
+            "--learning_rate, or train in bfloat16 or float32 instead of float16"
+        )
 
-        A GPU has its backward pass still to do while this waits for the forward pass.
-        """
-        waiting, self._waiting = self._waiting, []
-        for is_finite, event, input_ids in waiting:
-            if event is not None:
-                event.synchronize()
-            if not is_finite:
-                raise FloatingPointError(
-                    f"the loss is NaN or infinite in step {step}. The rows of its batch: {self._rows(input_ids)}. "
-                    "Look at them (--dry_run True shows samples), lower --learning_rate, or train in bfloat16 or "
-                    "float32 instead of float16"
-                )
-
-    def _rows(self, input_ids: Tensor) -> str:
-        """Where rows come from; padding behind them doesn't matter."""
-        wanted = [row.tolist() for row in input_ids]
+    def _sources(self, input_ids: Tensor, attention_mask: Tensor | None) -> list[str]:
+        """Where rows come from; the first of the dataset with the same tokens."""
+        masks = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        wanted = [row[mask.bool()].tolist() for row, mask in zip(input_ids, masks, strict=True)]
         found: dict[int, str] = {}
         for index in range(len(self._dataset) if hasattr(self._dataset, "__len__") else 0):
             row = list(self._dataset[index]["input_ids"])
             for place, ids in enumerate(wanted):
-                if place not in found and ids[: len(row)] == row:
+                if place not in found and ids == row:
                     found[place] = self._source_of(index)
-        named = [found.get(place, "a row that is not in the training set") for place in range(len(wanted))]
-        return ", ".join(named[:MAX_NAMED]) + (f" and {len(named) - MAX_NAMED} more" if len(named) > MAX_NAMED else "")
+            if len(found) == len(wanted):
+                break
+        return [found.get(place, "a row that is not in the training set") for place in range(len(wanted))]
+
+
+def _is_distributed() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _of_all_ranks(rows: list[list[str]]) -> list[list[str]]:
+    if not _is_distributed():
+        return rows
+    gathered: list[list[list[str]]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, rows)
+    return [some for of_rank in gathered for some in of_rank]

@@ -10,6 +10,7 @@ Shapes: B batch, T tokens, V vocabulary, H hidden size, N supervised tokens, C t
 
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ from torch.utils.checkpoint import checkpoint
 
 from dft_loss import IGNORE_INDEX, TokenStatistics, TokenWeight, shift_labels, token_statistics
 
-CHUNK_MB = 64  # of float32 logits, see benchmarks/loss_head.py
+# of float32 logits by default. cpu: measured, benchmarks/loss_head.py. cuda: so that a chunk of 150,000 tokens of
+# vocabulary has some 1,700 rows, and the products of matrices are worth more than reading and writing their sum
+CHUNK_MB = {"cpu": 64.0, "cuda": 1024.0}
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ def fused_dft_loss_sum(
     *,
     bias: Tensor | None = None,
     transform: LogitTransform = LogitTransform(),
-    chunk_mb: float = CHUNK_MB,
+    chunk_mb: float = CHUNK_MB["cpu"],
 ) -> tuple[Tensor, TokenStatistics]:
     """As `dft_loss.dft_loss_sum`, of the logits hidden @ head_weight.T + bias, which are never held as a whole.
 
@@ -93,7 +96,7 @@ def chunked_dft_loss_sum(
     scales: Tensor | None = None,
     *,
     transform: LogitTransform = LogitTransform(),
-    chunk_mb: float | None = CHUNK_MB,
+    chunk_mb: float = CHUNK_MB["cpu"],
     vocab_size: int,
 ) -> tuple[Tensor, TokenStatistics]:
     """As `fused_dft_loss_sum`, with any module as the head: adapters, quantised weights, hooks.
@@ -101,13 +104,13 @@ def chunked_dft_loss_sum(
     The module is called for one chunk after the other, and once more for each in the backward pass.
 
     Args:
-        chunk_mb: None calls it once, with all supervised tokens.
+        chunk_mb: if it is infinite, the module is called once, with all supervised tokens.
     """
     targets = shift_labels(labels)
     supervised = targets != IGNORE_INDEX
     targets = targets[supervised]
     rows = hidden[supervised]  # [N, H]
-    chunk = len(rows) if chunk_mb is None else max(1, int(chunk_mb * 1e6) // (4 * vocab_size))
+    chunk = max(1, int(min(chunk_mb * 1e6 / (4 * vocab_size), len(rows))))
 
     def score(rows: Tensor, targets: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         logits = head(rows).float()
@@ -116,7 +119,7 @@ def chunked_dft_loss_sum(
         return (losses if scales is None else losses * scales).sum(), tokens.nll.detach(), tokens.is_top1
 
     parts = []
-    for start in range(0, max(len(rows), 1), max(chunk, 1)):
+    for start in range(0, max(len(rows), 1), chunk):
         some = slice(start, start + chunk)
         args = (rows[some], targets[some], None if scales is None else scales[some])
         if torch.is_grad_enabled() and chunk < len(rows):
@@ -212,12 +215,13 @@ def softmax_gradient_(
     z: Tensor, targets: Tensor, dtype: torch.dtype, wants_gradient: bool = True
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """nll and is_top1 [C] of logits z [C, V], which it overwrites, and softmax(z) - onehot(targets) in `dtype`."""
-    if z.device.type == "cuda":
+    if z.is_cuda and find_spec("triton"):  # which torch.compile needs for a GPU
         return _compiled()(z, targets, dtype, wants_gradient)
     if not wants_gradient:
         tokens = token_statistics(z, targets)
         return tokens.nll, tokens.is_top1, None
-    return _softmax_gradient_in_place(z, targets)
+    nll, is_top1, gradient = _softmax_gradient_in_place(z, targets)
+    return nll, is_top1, gradient.to(dtype)
 
 
 def _softmax_gradient_in_place(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from dft_loss import TokenStatistics, TokenWeight
 from dist_logger import UserError
-from fused_loss import CHUNK_MB, LogitTransform, chunked_dft_loss_sum, fused_dft_loss_sum
+from fused_loss import LogitTransform, chunked_dft_loss_sum, fused_dft_loss_sum
 
 
 class UnsupportedHead(UserError, ValueError):
@@ -31,11 +31,17 @@ class HeadLoss:
     loss_sum: Tensor | None = None  # scalar, float32
     tokens: TokenStatistics | None = None
 
-    def take(self) -> tuple[Tensor, TokenStatistics]:
-        """Both; raises UnsupportedHead if the head was not called."""
+    def take(self, logits: Tensor) -> tuple[Tensor, TokenStatistics]:
+        """Both. The backward pass then goes through the model's outputs, `logits`, with a gradient of zero.
+
+        DDP, FSDP and DeepSpeed look for it there: it tells them to gather weights and to reduce gradients.
+
+        Raises:
+            UnsupportedHead: the head was not called.
+        """
         if self.loss_sum is None or self.tokens is None:
             raise UnsupportedHead("the model's forward doesn't call its output embedding")
-        return self.loss_sum, self.tokens
+        return self.loss_sum + torch.nan_to_num(0.0 * logits.float().sum()), self.tokens
 
 
 class LossHead:
@@ -53,7 +59,7 @@ class LossHead:
         UnsupportedHead: the model has no head that its forward calls by name.
     """
 
-    def __init__(self, model: PreTrainedModel, chunk_mb: float = CHUNK_MB):
+    def __init__(self, model: PreTrainedModel, chunk_mb: float):
         head = model.get_output_embeddings()
         places = [(owner, name) for owner in model.modules() for name, m in owner.named_children() if m is head]
         if head is None or not places:
@@ -78,12 +84,14 @@ class LossHead:
         settings: dict[str, Any] = {"transform": self.transform, "chunk_mb": self._chunk_mb}
 
         def fused(hidden: Tensor) -> Tensor:
-            loss_sum, result.tokens = fused_dft_loss_sum(
+            result.loss_sum, result.tokens = fused_dft_loss_sum(
                 hidden, self._head.weight, labels, weight, scales, bias=self._head.bias, **settings
             )
-            return loss_sum
+            return result.loss_sum
 
         def forward(hidden: Tensor) -> Tensor:
+            if result.loss_sum is not None:
+                raise UnsupportedHead("the model's forward calls its output embedding more than once")
             if hidden.shape[:2] != labels.shape:
                 raise UnsupportedHead(
                     f"the head sees hidden states of {list(hidden.shape)} for labels of {list(labels.shape)}"
@@ -91,18 +99,19 @@ class LossHead:
             if self.wrapping:
                 if any(hasattr(parameter, "ds_id") for parameter in self._head.parameters()):
                     # ZeRO-3: each call of the head is a collective, and ranks have different numbers of chunks
-                    settings["chunk_mb"] = None
-                result.loss_sum, result.tokens = chunked_dft_loss_sum(
+                    settings["chunk_mb"] = float("inf")
+                connected, result.tokens = chunked_dft_loss_sum(
                     hidden, self._head, labels, weight, scales, vocab_size=self._vocab_size, **settings
                 )
+                result.loss_sum = connected
             else:
                 self._head.forward = fused
                 try:
-                    result.loss_sum = self._head(hidden)  # hooks around it gather sharded weights
+                    connected = self._head(hidden)  # hooks around it gather sharded weights
                 finally:
                     del self._head.forward
-            # connected to the loss, for those who look for unused parameters behind a model's outputs
-            return _probe(self._vocab_size, hidden.device) + torch.nan_to_num(0.0 * result.loss_sum)
+            # connected to the loss, see HeadLoss.take
+            return _probe(self._vocab_size, hidden.device) + torch.nan_to_num(0.0 * connected)
 
         self._owner.__dict__[self._name] = forward  # hides the module of this name from the model's forward
         try:

@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 2 tests/invariance_worker.py OUT MODE 4x1 1x4 …
 
-MODE is ddp, zero2, zero3, accelerate (its own ZeRO-3), mutant or evaluated (before it is trained). Behind a
-dash it may say what the head is: logits (the loss comes from these), untied, lora (an adapter on the head),
-frozen. With plain SGD the change of the weights is the gradient. For every cut BATCHxACCUMULATION rank 0 writes
+MODE is ddp, static (DDP with a static graph), zero2, zero3, accelerate (its own ZeRO-3), mutant or evaluated
+(before it is trained). Behind a dash it may say what the head is: logits (the loss comes from these), untied,
+lora (an adapter on the head), frozen. With plain SGD the change of the weights is the gradient. For every cut BATCHxACCUMULATION rank 0 writes
 OUT/BATCHxACCUMULATION.pt: {"gradient": [P] float32, "train": log record, "eval": log record}.
 """
 
@@ -92,6 +92,7 @@ def one_step(mode: str, batch: int, accumulation: int, out: Path) -> None:
         lr_scheduler_type="constant",
         optim="sgd",
         deepspeed=DS_CONFIGS.get(mode),
+        ddp_static_graph=mode == "static",
         logging_steps=1,
         eval_on_start=True,
         save_strategy="no",

@@ -64,6 +64,18 @@ def test_heads_of_other_kinds(tmp_path, head):
         assert_same(results["1x4"], alone["8x1"])
 
 
+def test_ddp_with_a_static_graph(reference, tmp_path):
+    """It reduces gradients only where a backward pass goes through the model's outputs."""
+    results, _ = one_step(tmp_path, "static", 2, "4x1")
+    assert_same(results["4x1"], reference["8x1"])
+
+
+def test_fsdp():
+    result = run(["torchrun", "--standalone", "--nproc-per-node", 2, "tests/fsdp_worker.py"])
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert result.stdout.count("resharded") == 4  # two kinds, two ranks
+
+
 def test_the_check_rejects_a_mean_per_micro_batch(reference, tmp_path):
     results, _ = one_step(tmp_path, "mutant", 2, "4x1", "1x4")
     for result in results.values():

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, read_log, run, write_jsonl
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = pytest.mark.launch
@@ -29,7 +29,7 @@ def logits_of(directory: Path) -> torch.Tensor:
 
 
 def test_zero3_leaves_a_whole_model(train, tiny_model, tmp_path):
-    flags = ("--dft_alpha", 0.7, "--eval_steps", 1, "--save_steps", 1, "--save_total_limit", 1)
+    flags = ("--dft_alpha", 0.7, "--eval_steps", 1, "--save_steps", 1, "--save_total_limit", 1, "--fused_loss", "on")
     result = train(*flags, "--save_only_model", 1, "--learning_rate", 1e-2, "--report_to", "tensorboard", **ZERO3)
     out = tmp_path / "out"
     original = load_file(tiny_model / "model.safetensors")
@@ -66,10 +66,12 @@ def test_zero3_leaves_a_whole_model(train, tiny_model, tmp_path):
     evaluation = json.loads((out / "all_results.json").read_text())
     assert evaluation["eval_perplexity"] == pytest.approx(2.718281828 ** evaluation["eval_ce_loss"])
     assert "Done: 2 steps" in result.stdout
+    assert "Loss: the head is fused with the loss" in result.stdout
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(train, tmp_path):
     flags = ("--max_steps", 4, "--save_steps", 2, "--learning_rate", 1e-2, "--gradient_accumulation_steps", 2)
+    flags += ("--dft_alpha_warmup_ratio", 1.0, "--loss_normalization", "turn", "--dft_special_tokens", "ce")
     train(*flags, **ZERO3)
     whole = tmp_path / "whole"
     (tmp_path / "out").rename(whole)
@@ -84,7 +86,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(train, tmp_path):
         return [{k: v for k, v in r.items() if k not in timing} for r in records]
 
     assert losses(resumed) == losses(whole)
-    assert len(losses(whole)) == 2
+    assert [record["train/dft_alpha"] for record in losses(whole)] == [0.5, 0.75]
 
     # `last` finds the newest checkpoint of the output directory, and there is nothing left to do
     result = train(*flags, "--resume_from_checkpoint", "last", expect=2)
@@ -294,6 +296,17 @@ def test_a_model_only_checkpoint_cannot_be_resumed(train, tiny_model, tmp_path):
     (checkpoint / "trainer_state.json").write_text("{}")
     result = train("--resume_from_checkpoint", checkpoint, expect=2)
     assert f"--model_name_or_path {checkpoint}" in result.stdout
+
+
+def test_a_loss_that_is_not_a_number_names_the_rows(train, tiny_model, chat_file, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    result = train("--model_name_or_path", model, expect=1)
+    assert "FloatingPointError: the loss is NaN or infinite in step 1. The rows of its batch: " in result.stdout
+    assert f"{chat_file}:" in result.stdout.split("The rows of its batch: ")[1]
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(train, tiny_model, tmp_path):

@@ -75,7 +75,7 @@ def both_ways(model, check: bool = True) -> tuple[LossHead, dict[str, tuple]]:
                 outputs = model(**inputs)
             if check:
                 head.check(outputs.logits)
-            loss, tokens = result.take()
+            loss, tokens = result.take(outputs.logits)
         loss.backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         found[way] = (loss.detach(), tokens, gradients)
@@ -111,7 +111,7 @@ def test_an_unknown_change_of_the_logits_is_found(monkeypatch):
 
 
 def test_a_cut_vocabulary_is_found():
-    head = LossHead(model_of("Qwen2"))
+    head = LossHead(model_of("Qwen2"), chunk_mb=1)
     with pytest.raises(UnsupportedHead, match="changes its logits"):
         head.check(torch.linspace(-40.0, 40.0, 120)[None, None, :119])
     head.check(torch.linspace(-40.0, 40.0, 120)[None, None])
@@ -159,7 +159,7 @@ def test_the_model_is_left_as_it_was(wrap):
     inputs = batch()
     labels = inputs.pop("labels")
     before = model(**inputs).logits
-    head = LossHead(model)
+    head = LossHead(model, chunk_mb=1)
     with head.computing(labels, TokenWeight()):
         assert other(**inputs).logits.shape == before.shape
         model(**inputs)
@@ -172,11 +172,11 @@ def test_the_model_is_left_as_it_was(wrap):
 
 def test_a_model_that_does_not_call_its_head_is_found():
     model = model_of("Qwen2")
-    head = LossHead(model)
+    head = LossHead(model, chunk_mb=1)
     with head.computing(batch()["labels"], TokenWeight()) as result:
         model.model(batch()["input_ids"])
     with pytest.raises(UnsupportedHead, match="doesn't call"):
-        result.take()
+        result.take(torch.zeros(1))
 
 
 # ---- in the trainer -----------------------------------------------------------------------------
