@@ -4,8 +4,9 @@
 
 MODE is ddp, static (DDP with a static graph), zero2, zero3, accelerate (its own ZeRO-3), mutant or evaluated
 (before it is trained). Behind a dash it may say what the head is: logits (the loss comes from these), untied,
-lora (an adapter on the head), frozen. With plain SGD the change of the weights is the gradient. For every cut BATCHxACCUMULATION rank 0 writes
-OUT/BATCHxACCUMULATION.pt: {"gradient": [P] float32, "train": log record, "eval": log record}.
+lora (an adapter on the head), frozen. With plain SGD the change of the weights is the gradient. For every cut
+BATCHxACCUMULATION rank 0 writes OUT/BATCHxACCUMULATION.pt: {"gradient": [P] float32, "train": log record,
+"eval": log record}.
 """
 
 import copy
