@@ -138,7 +138,7 @@ WAYS: dict[str, Way] = {
     "torch_2048": torch_linear(2048),
     "cut": cut,
     "liger": liger,
-    **{f"fused_{size}": fused(size) for size in (4, 16, 64, 256, 1024)},
+    **{f"fused_{size}": fused(size) for size in (16, 48, 256, 1024)},
 }
 
 
