@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dft_loss import IGNORE_INDEX, TokenStatistics, TokenWeight, shift_labels, token_statistics
 
-# of float32 logits by default. cpu: measured, benchmarks/loss_head.py: larger ones save little time. cuda: so that a chunk of 150,000 tokens of
-# vocabulary has some 1,700 rows, and the products of matrices are worth more than reading and writing their sum
+# Of float32 logits, by default. cpu: measured by benchmarks/loss_head.py, larger chunks save little time. cuda: by
+# arithmetic, some 1,700 rows of a vocabulary of 150,000, so that products of matrices outweigh adding them up.
 CHUNK_MB = {"cpu": 48.0, "cuda": 1024.0}
 
 
