@@ -170,7 +170,8 @@ class DFTArguments:
         "auto",
     )
     loss_chunk_mb: float | None = option(
-        f"MB of logits that the fused loss holds at once; by default {CHUNK_MB['cpu']:g}, on GPUs {CHUNK_MB['cuda']:g}"
+        "MB of logits that the fused loss holds at once; by default "
+        f"{CHUNK_MB['cpu']:g}, and {CHUNK_MB['cuda']:g} on GPUs."
     )
 
     def __post_init__(self):

@@ -9,7 +9,6 @@ that the loss was made of the same logits.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,15 +80,27 @@ class LossHead:
         """
         result = HeadLoss()
 
-        settings: dict[str, Any] = {"transform": self.transform, "chunk_mb": self._chunk_mb}
-
         def fused(hidden: Tensor) -> Tensor:
             result.loss_sum, result.tokens = fused_dft_loss_sum(
-                hidden, self._head.weight, labels, weight, scales, bias=self._head.bias, **settings
+                *(hidden, self._head.weight, labels, weight, scales),
+                bias=self._head.bias,
+                transform=self.transform,
+                chunk_mb=self._chunk_mb,
             )
             return result.loss_sum
 
-        def forward(hidden: Tensor) -> Tensor:
+        def chunked(hidden: Tensor) -> Tensor:
+            # ZeRO-3: each call of the head is a collective, and ranks have different numbers of chunks
+            is_sharded = any(hasattr(parameter, "ds_id") for parameter in self._head.parameters())
+            result.loss_sum, result.tokens = chunked_dft_loss_sum(
+                *(hidden, self._head, labels, weight, scales),
+                transform=self.transform,
+                chunk_mb=float("inf") if is_sharded else self._chunk_mb,
+                vocab_size=self._vocab_size,
+            )
+            return result.loss_sum
+
+        def stand_in(hidden: Tensor) -> Tensor:
             if result.loss_sum is not None:
                 raise UnsupportedHead("the model's forward calls its output embedding more than once")
             if hidden.shape[:2] != labels.shape:
@@ -97,13 +108,7 @@ class LossHead:
                     f"the head sees hidden states of {list(hidden.shape)} for labels of {list(labels.shape)}"
                 )
             if self.wrapping:
-                if any(hasattr(parameter, "ds_id") for parameter in self._head.parameters()):
-                    # ZeRO-3: each call of the head is a collective, and ranks have different numbers of chunks
-                    settings["chunk_mb"] = float("inf")
-                connected, result.tokens = chunked_dft_loss_sum(
-                    hidden, self._head, labels, weight, scales, vocab_size=self._vocab_size, **settings
-                )
-                result.loss_sum = connected
+                connected = chunked(hidden)
             else:
                 self._head.forward = fused
                 try:
@@ -113,7 +118,7 @@ class LossHead:
             # connected to the loss, see HeadLoss.take
             return _probe(self._vocab_size, hidden.device) + torch.nan_to_num(0.0 * connected)
 
-        self._owner.__dict__[self._name] = forward  # hides the module of this name from the model's forward
+        self._owner.__dict__[self._name] = stand_in  # hides the module of this name from the model's forward
         try:
             yield result
         finally:
