@@ -123,6 +123,23 @@ def token_statistics(logits: Tensor, targets: Tensor) -> TokenStatistics:
         return TokenStatistics(nll, torch.exp(-nll), of_target >= logits.amax(-1))
 
 
+def supervised_rows(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """What predicts a supervised token of `labels` [B, T], not shifted: rows of `values` [B, T, X], and the tokens.
+
+    Returns:
+        [N, X] and [N].
+    """
+    targets = shift_labels(labels)
+    supervised = targets != IGNORE_INDEX
+    return values[supervised], targets[supervised]
+
+
+def weighted_sum(tokens: TokenStatistics, targets: Tensor, weight: TokenWeight, scales: Tensor | None) -> Tensor:
+    """sum of c * w * nll over tokens `targets` [N], a scalar; c is `scales` [N], or 1."""
+    losses = weight(tokens.p_correct, targets) * tokens.nll
+    return (losses if scales is None else losses * scales).sum()
+
+
 def dft_loss_sum(
     logits: Tensor, labels: Tensor, weight: TokenWeight, scales: Tensor | None = None
 ) -> tuple[Tensor, TokenStatistics]:
@@ -139,9 +156,6 @@ def dft_loss_sum(
     Returns:
         sum of c * w * nll (scalar, float32) and the statistics of the tokens it sums over.
     """
-    targets = shift_labels(labels)
-    supervised = targets != IGNORE_INDEX
-    targets = targets[supervised]  # [N]
-    tokens = token_statistics(logits[supervised], targets)
-    losses = weight(tokens.p_correct, targets) * tokens.nll
-    return (losses if scales is None else losses * scales).sum(), tokens
+    rows, targets = supervised_rows(logits, labels)  # [N, V], [N]
+    tokens = token_statistics(rows, targets)
+    return weighted_sum(tokens, targets, weight, scales), tokens

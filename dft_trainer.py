@@ -25,11 +25,12 @@ class TokenSums:
 
     # order of the entries of the tensor
     LOSS, TERMS, NLL, P_CORRECT, TOP1, SUPERVISED, TOKENS = range(7)
+    COUNT = 7
 
     def __init__(self, device: torch.device):
         # float64: a float32 sum stops counting single tokens at 2**24; MPS has no float64
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.values = torch.zeros(7, dtype=dtype, device=device)
+        self.values = torch.zeros(self.COUNT, dtype=dtype, device=device)
 
     def add(
         self,
@@ -197,7 +198,7 @@ class DFTTrainer(Trainer):
 
     def _forget_metrics(self) -> None:
         self._train_sums = TokenSums(self.args.device)
-        self._unshown = [0.0] * 7  # sums since the DFT metrics were last logged
+        self._unshown = [0.0] * TokenSums.COUNT  # sums since the DFT metrics were last logged
         self._shown_step = 0  # when that was
         self._clock: float | None = None  # when the last training record was written; None before the first step
 
@@ -323,7 +324,7 @@ class DFTTrainer(Trainer):
             logs["train/avg_p_correct"] = shown["avg_p_correct"]
             logs["train/dft_alpha"] = self.alpha_at(self.state.global_step - 1)
             logs["token_accuracy"] = shown["acc"]
-            self._unshown = [0.0] * len(sums)
+            self._unshown = [0.0] * TokenSums.COUNT
             self._shown_step = self.state.global_step
         logs["tokens_per_second"] = sums[TokenSums.TOKENS] / seconds
         logs["supervised_tokens_per_second"] = sums[TokenSums.SUPERVISED] / seconds

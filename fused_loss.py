@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from dft_loss import IGNORE_INDEX, TokenStatistics, TokenWeight, shift_labels, token_statistics
+from dft_loss import TokenStatistics, TokenWeight, supervised_rows, token_statistics, weighted_sum
 
 # Of float32 logits, by default. cpu: measured by benchmarks/loss_head.py, larger chunks save little time. cuda: by
 # arithmetic, some 1,700 rows of a vocabulary of 150,000, so that products of matrices outweigh adding them up.
@@ -75,11 +75,8 @@ def fused_dft_loss_sum(
     Returns:
         sum of c * w * nll (scalar, float32), with gradient, and the tokens' statistics, without.
     """
-    targets = shift_labels(labels)
-    supervised = targets != IGNORE_INDEX
-    targets = targets[supervised]
-    rows = hidden[supervised]  # [N, H]
-    chunk = max(1, int(chunk_mb * 1e6) // (4 * head_weight.shape[0]))
+    rows, targets = supervised_rows(hidden, labels)  # [N, H], [N]
+    chunk = _rows_at_once(chunk_mb, head_weight.shape[0], len(rows))
     args = (rows, head_weight, bias, targets, scales, weight, transform, chunk)
     if torch.is_grad_enabled():
         loss, nll, is_top1 = _FusedHead.apply(*args)
@@ -106,17 +103,13 @@ def chunked_dft_loss_sum(
     Args:
         chunk_mb: if it is infinite, the module is called once, with all supervised tokens.
     """
-    targets = shift_labels(labels)
-    supervised = targets != IGNORE_INDEX
-    targets = targets[supervised]
-    rows = hidden[supervised]  # [N, H]
-    chunk = max(1, int(min(chunk_mb * 1e6 / (4 * vocab_size), len(rows))))
+    rows, targets = supervised_rows(hidden, labels)  # [N, H], [N]
+    chunk = _rows_at_once(chunk_mb, vocab_size, len(rows))
 
     def score(rows: Tensor, targets: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         logits = head(rows).float()
         tokens = token_statistics(logits if transform.is_identity else transform(logits), targets)
-        losses = weight(tokens.p_correct, targets) * tokens.nll
-        return (losses if scales is None else losses * scales).sum(), tokens.nll.detach(), tokens.is_top1
+        return weighted_sum(tokens, targets, weight, scales), tokens.nll.detach(), tokens.is_top1
 
     parts = []
     for start in range(0, max(len(rows), 1), chunk):
@@ -131,11 +124,17 @@ def chunked_dft_loss_sum(
     return torch.stack(losses).sum(), TokenStatistics(nll, torch.exp(-nll), torch.cat(is_top1))
 
 
+def _rows_at_once(chunk_mb: float, vocab_size: int, num_rows: int) -> int:
+    """How many rows of float32 logits `chunk_mb` hold: at least one, and no more than there are."""
+    return max(1, int(min(chunk_mb * 1e6 / (4 * vocab_size), num_rows)))
+
+
 class _FusedHead(torch.autograd.Function):
     """Loss and gradients in the forward pass; the backward pass multiplies them by the gradient of the loss."""
 
     @staticmethod
     def forward(ctx: Any, rows, head_weight, bias, targets, scales, weight, transform, chunk):
+        """Loss (scalar), nll [N] and is_top1 [N], see `_fused`; its gradients wait in ctx."""
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2])
         loss, nll, is_top1, *gradients = _fused(
             rows, head_weight, bias, targets, scales, weight, transform, chunk, needs=needs
@@ -148,6 +147,7 @@ class _FusedHead(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_loss: Tensor, *_: Tensor):
+        """The gradients, times that of the loss; once."""
         if ctx.gradients is None:
             raise RuntimeError("the fused loss keeps its gradients for one backward pass: compute the loss again")
         gradients, ctx.gradients = ctx.gradients, None
@@ -183,7 +183,7 @@ def _fused(
     of_bias = torch.zeros_like(bias, dtype=torch.float32) if needs[2] else None
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         head_weight = head_weight.to(dtype)
-        buffer = torch.empty(min(chunk, num_rows), vocab_size, dtype=torch.float32, device=device)
+        buffer = torch.empty(chunk, vocab_size, dtype=torch.float32, device=device)
         for start in range(0, num_rows, chunk):
             some = slice(start, start + chunk)
             h, y = rows[some].to(dtype), targets[some]  # [C, H], [C]

@@ -81,6 +81,7 @@ class LossHead:
         result = HeadLoss()
 
         def fused(hidden: Tensor) -> Tensor:
+            """Hidden states [B, T, H] to the loss, in place of the head's own forward."""
             result.loss_sum, result.tokens = fused_dft_loss_sum(
                 *(hidden, self._head.weight, labels, weight, scales),
                 bias=self._head.bias,
@@ -90,6 +91,7 @@ class LossHead:
             return result.loss_sum
 
         def chunked(hidden: Tensor) -> Tensor:
+            """The same, with calls of the head."""
             # ZeRO-3: each call of the head is a collective, and ranks have different numbers of chunks
             is_sharded = any(hasattr(parameter, "ds_id") for parameter in self._head.parameters())
             result.loss_sum, result.tokens = chunked_dft_loss_sum(
@@ -101,6 +103,7 @@ class LossHead:
             return result.loss_sum
 
         def stand_in(hidden: Tensor) -> Tensor:
+            """What the model calls in place of its head: hidden states [B, T, H] to known numbers [1, 1, V]."""
             if result.loss_sum is not None:
                 raise UnsupportedHead("the model's forward calls its output embedding more than once")
             if hidden.shape[:2] != labels.shape:

@@ -78,15 +78,10 @@ def trl(hidden: Tensor, weight: Tensor, labels: Tensor, alpha: float) -> Tensor:
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
     outputs = ("log_probs", "entropy", "is_top1")
-    settings = (None, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, outputs)
-    if hidden.is_cuda:
-        rows, targets = supervised(hidden, labels)
-        return weighted_mean(
-            -ChunkedLogProbFunction.apply(rows, weight, settings[0], targets, *settings[1:])[0], alpha
-        )
-    targets, is_valid = labels[1:].clamp(min=0), labels[1:] != -100
-    log_probs, *_ = ChunkedLogProbFunction.apply(hidden[:-1], weight, settings[0], targets, *settings[1:])
-    return weighted_mean(-log_probs[is_valid], alpha)
+    settings = (1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, outputs)
+    rows, targets = supervised(hidden, labels) if hidden.is_cuda else (hidden[:-1], labels[1:])
+    log_probs, *_ = ChunkedLogProbFunction.apply(rows, weight, None, targets.clamp(min=0), *settings)
+    return weighted_mean(-log_probs[targets != -100], alpha)
 
 
 def torch_linear(chunk: int | None) -> Way:

@@ -1,5 +1,6 @@
 """What the tests share: a small model made on the spot, templates, and a way to launch the program."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -21,6 +22,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".torch_extensions"))
 
+import torch  # noqa: E402
+from datasets import Dataset  # noqa: E402
+from transformers import DataCollatorForSeq2Seq, TrainingArguments  # noqa: E402
+
+from dft_trainer import DFTTrainer  # noqa: E402
 from scripts.make_example_data import dialogues_zh, facts_en, reasoning_en, tools_en  # noqa: E402
 from scripts.make_tiny_model import make_model, make_tokenizer, strings  # noqa: E402
 
@@ -131,3 +137,40 @@ def train(tiny_model, chat_file, tmp_path) -> Callable[..., subprocess.Completed
 def read_log(output_dir: Path) -> list[dict]:
     """The records of train_log.jsonl."""
     return [json.loads(line) for line in (output_dir / "train_log.jsonl").read_text().splitlines()]
+
+
+def rows(count: int, seed: int = 0) -> Dataset:
+    """Rows of 4 to 40 tokens, of which the last half is supervised."""
+    generator = torch.Generator().manual_seed(seed)
+    data = []
+    for i in range(count):
+        ids = torch.randint(3, 300, (4 + 6 * (i % 7),), generator=generator).tolist()
+        data.append({"input_ids": ids, "labels": [-100] * (len(ids) // 2) + ids[len(ids) // 2 :]})
+    return Dataset.from_list(data)
+
+
+@pytest.fixture
+def make_trainer(tokenizer, tmp_path):
+    """A trainer on a small model, with plain TrainingArguments, as a notebook would make it."""
+
+    def make(model=None, **settings) -> DFTTrainer:
+        names = set(inspect.signature(DFTTrainer.__init__).parameters) | {"compute_loss_func"}
+        own = {name: settings.pop(name) for name in names if name in settings}
+        args = TrainingArguments(
+            output_dir=str(tmp_path),
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+            save_strategy="no",
+            **{"per_device_eval_batch_size": 3, "logging_steps": 1, "max_steps": 2, **settings},
+        )
+        return DFTTrainer(
+            model or make_model(600, hidden_size=32, num_layers=2),
+            args,
+            data_collator=DataCollatorForSeq2Seq(tokenizer),
+            train_dataset=rows(16),
+            eval_dataset=rows(11, seed=1),
+            **own,
+        )
+
+    return make

@@ -7,7 +7,6 @@ import torch
 import transformers
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from test_trainer import make_trainer, rows  # noqa: F401 (a fixture)
 
 from dft_loss import TokenWeight, count_terms, dft_loss_sum
 from fused_loss import LogitTransform
@@ -183,7 +182,7 @@ def test_a_model_that_does_not_call_its_head_is_found():
 
 
 @pytest.mark.parametrize("settings", [{}, {"loss_normalization": "turn"}, {"dft_gamma": 2.0, "dft_floor": 0.2}])
-def test_training_and_evaluation_are_those_from_logits(make_trainer, settings):  # noqa: F811
+def test_training_and_evaluation_are_those_from_logits(make_trainer, settings):
     results = {}
     for fused in ("off", "on"):
         common = {"learning_rate": 1e-2, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
@@ -200,7 +199,7 @@ def test_training_and_evaluation_are_those_from_logits(make_trainer, settings): 
     torch.testing.assert_close(results["on"][2], results["off"][2], rtol=1e-3, atol=1e-5)
 
 
-def test_evaluation_makes_no_logits(make_trainer, monkeypatch):  # noqa: F811
+def test_evaluation_makes_no_logits(make_trainer, monkeypatch):
     trainer = make_trainer(fused_loss="on")
     seen = []
     score = trainer._score
@@ -212,7 +211,7 @@ def test_evaluation_makes_no_logits(make_trainer, monkeypatch):  # noqa: F811
     assert set(seen) == {False}
 
 
-def test_an_unknown_head_is_used_through_its_logits_or_refused(make_trainer, monkeypatch, caplog):  # noqa: F811
+def test_an_unknown_head_is_used_through_its_logits_or_refused(make_trainer, monkeypatch, caplog):
     monkeypatch.setattr("loss_head.logit_transform", lambda config: LogitTransform(0.5))
     expected = make_trainer(fused_loss="off").evaluate()
     trainer = make_trainer(fused_loss="auto")
@@ -223,7 +222,7 @@ def test_an_unknown_head_is_used_through_its_logits_or_refused(make_trainer, mon
         make_trainer(fused_loss="on").evaluate()
 
 
-def test_router_losses_are_added_as_the_model_would(make_trainer):  # noqa: F811
+def test_router_losses_are_added_as_the_model_would(make_trainer):
     """The mean over micro-batches, whatever their number."""
     data = Dataset.from_dict({k: v.tolist() for k, v in batch().items()}).repeat(2)
     model = model_of("Mixtral")
@@ -250,7 +249,7 @@ def test_router_losses_are_added_as_the_model_would(make_trainer):  # noqa: F811
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_stops_the_run(make_trainer, bad):  # noqa: F811
+def test_a_loss_that_is_not_finite_stops_the_run(make_trainer, bad):
     """Before the step is made, with the rows of the micro-batch."""
     trainer = make_trainer(
         model_of("Qwen2", vocab_size=600),
@@ -274,7 +273,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(make_trainer, bad):  # noqa: F8
     assert not torch.equal(head, before)  # the first step was made
 
 
-def test_alpha_rises(make_trainer):  # noqa: F811
+def test_alpha_rises(make_trainer):
     trainer = make_trainer(dft_alpha=0.8, dft_alpha_warmup_ratio=0.5, max_steps=8, learning_rate=0.0)
     trainer.train()
     records = [r for r in trainer.state.log_history if "grad_norm" in r]
@@ -283,7 +282,7 @@ def test_alpha_rises(make_trainer):  # noqa: F811
     assert records[4]["loss"] < 0.5 * records[4]["ce_loss"]
 
 
-def test_plain_tokens_are_learnt_at_alpha_1(make_trainer):  # noqa: F811
+def test_plain_tokens_are_learnt_at_alpha_1(make_trainer):
     """With p near 0, DFT gives no gradient; plain tokens get that of cross-entropy."""
     every = tuple(range(600))
     plain = make_trainer(dft_alpha=1.0, plain_tokens=every, max_steps=1)
@@ -303,12 +302,12 @@ def test_plain_tokens_are_learnt_at_alpha_1(make_trainer):  # noqa: F811
         ({"fused_loss": "on", "torch_compile": True}, "fused_loss is on, but torch_compile"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(make_trainer, settings, message):  # noqa: F811
+def test_settings_that_make_no_sense_are_refused(make_trainer, settings, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(**settings)
 
 
-def test_turns_weigh_the_same(make_trainer):  # noqa: F811
+def test_turns_weigh_the_same(make_trainer):
     """One turn of one token and one of nine: each has half of the loss, however the batch is cut."""
     ids = list(range(3, 15))
     labels = [[-100] * 3 + [ids[3]] + [-100] * 8, [-100] * 3 + ids[3:]]

@@ -1,55 +1,16 @@
 """DFTTrainer in one process: its metrics against a recomputation, its evaluation, and what it refuses."""
 
-import inspect
 import json
 import math
 
 import pytest
 import torch
-from conftest import ROOT
-from datasets import Dataset
-from transformers import DataCollatorForSeq2Seq, TrainingArguments
+from conftest import ROOT, rows
+from transformers import DataCollatorForSeq2Seq
 
 from batching import PaddingCollator
-from dft_trainer import DFTTrainer, PaddedEvalSet
+from dft_trainer import PaddedEvalSet
 from scripts.make_tiny_model import make_model
-
-
-def rows(count: int, seed: int = 0) -> Dataset:
-    """Rows of 4 to 40 tokens, of which the last half is supervised."""
-    generator = torch.Generator().manual_seed(seed)
-    data = []
-    for i in range(count):
-        ids = torch.randint(3, 300, (4 + 6 * (i % 7),), generator=generator).tolist()
-        data.append({"input_ids": ids, "labels": [-100] * (len(ids) // 2) + ids[len(ids) // 2 :]})
-    return Dataset.from_list(data)
-
-
-@pytest.fixture
-def make_trainer(tokenizer, tmp_path):
-    """A trainer on a small model, with plain TrainingArguments, as a notebook would make it."""
-
-    def make(model=None, **settings) -> DFTTrainer:
-        names = set(inspect.signature(DFTTrainer.__init__).parameters) | {"compute_loss_func"}
-        own = {name: settings.pop(name) for name in names if name in settings}
-        args = TrainingArguments(
-            output_dir=str(tmp_path),
-            use_cpu=True,
-            report_to="none",
-            disable_tqdm=True,
-            save_strategy="no",
-            **{"per_device_eval_batch_size": 3, "logging_steps": 1, "max_steps": 2, **settings},
-        )
-        return DFTTrainer(
-            model or make_model(600, hidden_size=32, num_layers=2),
-            args,
-            data_collator=DataCollatorForSeq2Seq(tokenizer),
-            train_dataset=rows(16),
-            eval_dataset=rows(11, seed=1),
-            **own,
-        )
-
-    return make
 
 
 def recomputed(model, data, alpha: float) -> dict[str, float]:
