@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.utils import is_liger_kernel_available
 
 from data_formats import FORMATS, ROLES
 from dist_logger import UserError, get_logger
@@ -42,11 +43,12 @@ class ModelArguments:
         "Type the weights are loaded in; auto keeps that of the files.", "bfloat16", ("--dtype",)
     )
     attn_implementation: str = option(
-        "auto, flash_attention_2, sdpa, eager, or another name that transformers knows. auto is flash_attention_2 "
-        "where it can run, else sdpa.",
+        "auto, flash_attention_2, varlen, sdpa, eager, or another name that transformers knows. auto is "
+        "flash_attention_2 where it can run, else varlen (the same kernels, from PyTorch) where the model can use it, "
+        "else sdpa.",
         "auto",
     )
-    attn_strict: bool = option("Stop, instead of falling back to sdpa, where flash_attention_2 can't run.", False)
+    attn_strict: bool = option("Stop, instead of falling back, where flash_attention_2 can't run.", False)
     trust_remote_code: bool = option("Run Python code that comes with the model. Only for sources you trust.", False)
 
     def __post_init__(self):
@@ -201,9 +203,15 @@ class LoggingArguments:
         "by default to every record (--logging_steps)."
     )
 
+    peak_tflops: float | None = option(
+        "What one GPU could do at most in 16 bits, in TFLOP/s, for the metric mfu; known for common GPUs."
+    )
+
     def __post_init__(self):
         if self.log_metrics_steps is not None and self.log_metrics_steps < 1:
             raise UserError(f"--log_metrics_steps is {self.log_metrics_steps}; it must be at least 1")
+        if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
+            raise UserError(f"--peak_tflops is {self.peak_tflops}; it must be above 0")
 
 
 @dataclass
@@ -212,6 +220,25 @@ class DFTTrainingArguments(TrainingArguments):
 
     _argument_group_name = "training"
 
+    per_device_train_batch_size: int | None = option(
+        "Rows of a micro-batch, on each GPU; 8 unless --max_tokens_per_batch is given."
+    )
+    batching: Literal["padded", "padding_free", "packed"] | None = option(
+        "padded: rows filled up to the longest of a micro-batch. padding_free: rows one after the other, none seeing "
+        "another. packed: as that, with rows chosen that fill --max_length tokens; a packed row then counts as one. "
+        "By default padding_free where attention is flash_attention_2 or varlen, else padded."
+    )
+    max_tokens_per_batch: int | None = option(
+        "Tokens of a micro-batch, instead of --per_device_train_batch_size: as many rows as fit are put together."
+    )
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length", "batch_rebalance"] | None = option(
+        "Order of the rows in each epoch. group_by_length: random, with rows of similar length in a step. By default "
+        "group_by_length where rows are padded, else random."
+    )
+    use_liger_kernel: bool = option(
+        "Liger's kernels for the layers (the loss stays ours); needs a GPU and the package liger-kernel.", False
+    )
+    torch_compile: bool = option("Compile the model's layers with torch.compile.", False)
     eval_strategy: str | None = option(
         "no, steps or epoch. By default, where there is evaluation data: steps if --eval_steps is given, else "
         "whenever a checkpoint is saved.",
@@ -243,7 +270,9 @@ class DFTTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         self._restore_old_flags()
+        self._resolve_batches()
         self._check_ranges()
+        self._check_liger()
         self._check_deepspeed_file()
         if not has_accelerator():
             if self.fp16:
@@ -288,6 +317,37 @@ class DFTTrainingArguments(TrainingArguments):
             )
         if self.label_smoothing_factor:
             raise UserError(f"--label_smoothing_factor {self.label_smoothing_factor}: the DFT loss has none; drop it")
+
+    def _resolve_batches(self) -> None:
+        counted = "--max_tokens_per_batch" if self.max_tokens_per_batch else "--batching packed"
+        if self.max_tokens_per_batch is not None:
+            if self.max_tokens_per_batch < 1:
+                raise UserError(f"--max_tokens_per_batch is {self.max_tokens_per_batch}; it must be at least 1")
+            if self.per_device_train_batch_size is not None:
+                raise UserError(
+                    "--max_tokens_per_batch counts micro-batches in tokens, --per_device_train_batch_size in rows: "
+                    "give one"
+                )
+        rows_have_lengths = self.max_tokens_per_batch is None and self.batching != "packed"
+        if self.train_sampling_strategy not in (None, "random", "sequential") and not rows_have_lengths:
+            raise UserError(
+                f"--train_sampling_strategy {self.train_sampling_strategy} puts rows together by length, {counted} by "
+                "how they fill a batch: drop one"
+            )
+        if self.per_device_train_batch_size is None:
+            self.per_device_train_batch_size = 8 if self.max_tokens_per_batch is None else 1
+
+    def _check_liger(self) -> None:
+        """Liger's kernels for the layers, without its losses."""
+        if not self.use_liger_kernel:
+            return
+        losses = ("fused_linear_cross_entropy", "cross_entropy")
+        config = self.liger_kernel_config or {}
+        if any(config.get(name) for name in losses):
+            raise UserError(f"--liger_kernel_config: {' and '.join(losses)} would replace the DFT loss; drop them")
+        if not has_accelerator() or not is_liger_kernel_available():
+            raise UserError("--use_liger_kernel needs a GPU and the package liger-kernel: drop it, or install it")
+        self.liger_kernel_config = config | dict.fromkeys(losses, False)
 
     def _check_ranges(self) -> None:
         """What transformers finds out late, or not at all."""

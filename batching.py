@@ -1,11 +1,22 @@
-"""Rows to batches."""
+"""Rows to batches: padded, or one after the other without padding.
+
+Without padding a batch is one row [1, S] of several documents. Positions start anew with each, there is no
+attention mask, and the first label of each is ignored. Attention takes the borders from cu_seq_lens, or from the
+positions, so that no document sees another.
+"""
 
 from typing import Any
 
 import torch
 from transformers import DataCollatorForSeq2Seq
 
-from data_report import PADDED_TO
+from dft_loss import IGNORE_INDEX
+from packing import DOCUMENTS, PADDED_TO
+
+
+def documents(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a batch, those of packing.PackedRows taken apart."""
+    return [row for item in items for row in item.get(DOCUMENTS, [item])]
 
 
 class PaddingCollator(DataCollatorForSeq2Seq):
@@ -19,6 +30,7 @@ class PaddingCollator(DataCollatorForSeq2Seq):
         super().__init__(tokenizer, pad_to_multiple_of=PADDED_TO)
 
     def __call__(self, features: list[dict[str, Any]], return_tensors: str | None = None) -> dict[str, torch.Tensor]:
+        features = documents(features)
         weights = [row.get("loss_weights") for row in features]
         rows = [{key: value for key, value in row.items() if key != "loss_weights"} for row in features]
         batch = super().__call__(rows, return_tensors)
@@ -29,3 +41,44 @@ class PaddingCollator(DataCollatorForSeq2Seq):
                     padded[i, : len(some)] = torch.as_tensor(some)
             batch["loss_weights"] = padded
         return batch
+
+
+class FlatteningCollator:
+    """Puts rows one after the other into a single row, without padding.
+
+    A batch holds input_ids, labels, position_ids and, where a row has them, loss_weights, each [1, S]; and for
+    attention cu_seq_lens_q and cu_seq_lens_k, int32 [documents + 1], max_length_q and max_length_k, ints, and
+    use_cache, False: with a cache transformers doesn't look for borders.
+    """
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        rows = documents(features)
+        lengths = [len(row["input_ids"]) for row in rows]
+        borders = torch.tensor([0, *lengths]).cumsum(0)
+        labels = torch.cat([torch.as_tensor(row["labels"]) for row in rows]).long()
+        labels[borders[:-1]] = IGNORE_INDEX  # nothing predicts the first token of a document
+        batch = {
+            "input_ids": torch.cat([torch.as_tensor(row["input_ids"]) for row in rows]).long()[None],
+            "labels": labels[None],
+            "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+            **border_arguments(lengths),
+            "use_cache": False,
+        }
+        if any(row.get("loss_weights") is not None for row in rows):
+            weights = [
+                row["loss_weights"] if row.get("loss_weights") is not None else [1.0] * n
+                for row, n in zip(rows, lengths, strict=True)
+            ]
+            batch["loss_weights"] = torch.cat([torch.as_tensor(some, dtype=torch.float32) for some in weights])[None]
+        return batch
+
+
+def border_arguments(lengths: list[int]) -> dict[str, Any]:
+    """What transformers' models take to know where documents of these lengths begin."""
+    borders = torch.tensor([0, *lengths]).cumsum(0).int()
+    return {
+        "cu_seq_lens_q": borders,
+        "cu_seq_lens_k": borders,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }

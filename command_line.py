@@ -19,6 +19,7 @@ from arguments import (
     did_you_mean,
 )
 from dist_logger import UserError
+from packing import round_up
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -50,6 +51,7 @@ class Parser(HfArgumentParser):
 
 COMMON_TRAINING_FLAGS = set(
     "output_dir num_train_epochs max_steps per_device_train_batch_size per_device_eval_batch_size "
+    "batching max_tokens_per_batch "
     "gradient_accumulation_steps learning_rate lr_scheduler_type warmup_ratio weight_decay max_grad_norm bf16 "
     "activation_checkpointing seed deepspeed logging_steps logging_dir disable_tqdm report_to run_name project "
     "eval_strategy eval_steps save_strategy save_steps save_total_limit save_only_model metric_for_best_model "
@@ -148,6 +150,16 @@ def resolve_evaluation(values: dict[str, Any], data: DataArguments) -> dict[str,
     return values
 
 
+def check_room(training: DFTTrainingArguments, data: DataArguments) -> None:
+    """Stops where the longest row wouldn't fit into a micro-batch."""
+    room = training.max_tokens_per_batch
+    longest = round_up(data.max_length)
+    if room is not None and room < longest:
+        raise UserError(
+            f"--max_tokens_per_batch is {room}, but a row may have {longest} tokens: raise it, or lower --max_length"
+        )
+
+
 def parse_args(
     argv: list[str] | None = None,
 ) -> tuple[ModelArguments, DataArguments, DFTArguments, LoggingArguments, DFTTrainingArguments]:
@@ -174,6 +186,7 @@ def parse_args(
     model, data, dft, logging = (cls(**values_of(cls)) for cls in DATACLASSES[:-1])
     try:
         training = DFTTrainingArguments(**resolve_evaluation(values_of(DFTTrainingArguments), data))
+        check_room(training, data)
     except ValueError as error:  # transformers' own checks
         raise UserError(str(error)) from error
     return model, data, dft, logging, training

@@ -1,7 +1,6 @@
 """What became of the data: counts for every file, the rows that were dropped, and sample rows to look at."""
 
 import json
-import math
 import os
 import re
 import sys
@@ -18,8 +17,6 @@ from dft_loss import IGNORE_INDEX
 PERCENTILES = {"min": 0, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "p99": 99, "max": 100}
 GREEN, GREY, PLAIN = "\033[32m", "\033[90m", "\033[0m"
 CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a terminal would obey it
-PADDED_TO = 8  # tokens, see train_dft.py's collator
-SHUFFLES = 4  # of which the padding waste is the mean
 
 
 @dataclass
@@ -96,36 +93,6 @@ def _entry(file: FileStatistics) -> dict[str, Any]:
     }
 
 
-def add_batches(report: dict[str, Any], lengths: list[np.ndarray], batch_size: int, rows_per_step: int) -> None:
-    """Adds what the chosen batches mean: padding_waste to every entry, steps_per_epoch to the total.
-
-    Args:
-        lengths: int32, tokens of the training rows of each file, as often as an epoch sees them.
-        batch_size: rows that are padded together. rows_per_step: over all ranks and micro-batches.
-    """
-    for entry, some in zip(report["files"], lengths, strict=True):
-        entry["padding_waste"] = padding_waste(some, batch_size)
-    everything = np.concatenate(lengths)
-    report["total"]["padding_waste"] = padding_waste(everything, batch_size)
-    report["total"]["training_rows_per_epoch"] = len(everything)
-    report["total"]["steps_per_epoch"] = math.ceil(len(everything) / rows_per_step)
-
-
-def padding_waste(lengths: np.ndarray, batch_size: int) -> float | None:
-    """Share of a random batch's tokens that is padding, each batch padded to its longest row; None without rows."""
-    if len(lengths) == 0:
-        return None
-    rng = np.random.default_rng(0)
-    padded = 0
-    for _ in range(SHUFFLES):
-        shuffled = rng.permutation(lengths)
-        starts = np.arange(0, len(shuffled), batch_size)
-        longest = -(-np.maximum.reduceat(shuffled, starts) // PADDED_TO) * PADDED_TO
-        sizes = np.diff([*starts, len(shuffled)])
-        padded += int((longest * sizes).sum())
-    return 1 - SHUFFLES * int(lengths.sum()) / padded
-
-
 # ---- writing ------------------------------------------------------------------------------------
 
 
@@ -183,8 +150,14 @@ def report_notes(report: dict[str, Any]) -> list[str]:
     for column, count in total["not_rendered"].items():
         notes.append(f"the chat template never shows {column!r}, which {count:,} rows have: nothing of it is learnt")
     if "steps_per_epoch" in total:
+        batches = total["batching"].replace("_", "-")
+        if "bins" in total:
+            batches += f" into {total['bins']:,} of {total['bin_tokens']:,} tokens, {total['bin_fill']:.1%} full"
+        if total["batching"] == "padded":
+            batches += f" ({total['padding_share']:.0%} padding)"
         notes.append(
-            f"{total['training_rows_per_epoch']:,} training rows, {total['steps_per_epoch']:,} steps an epoch"
+            f"{total['training_rows_per_epoch']:,} training rows, {batches}, "
+            f"{total['steps_per_epoch']:,} steps an epoch"
         )
     return notes
 

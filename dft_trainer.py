@@ -1,87 +1,42 @@
 """DFTTrainer: Hugging Face's Trainer with the DFT loss, its metrics, and a token-weighted evaluation."""
 
 import math
-import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
 import torch
-from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from accelerate.utils import DynamoBackend
+from accelerate.utils.other import is_repeated_blocks
+from torch.utils.data import Dataset, Sampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from dft_loss import Normalization, TokenStatistics, TokenWeight, count_terms, dft_loss_sum, token_scales
+from dft_loss import Normalization, TokenWeight, count_terms, dft_loss_sum, token_scales
 from dist_logger import get_logger
+from epoch_order import EpochOrder, FilledRows, token_lengths
 from finite_check import FiniteCheck
 from fused_loss import CHUNK_MB
+from leak_check import assert_apart, needs_check
 from loss_head import LossHead, UnsupportedHead
+from packing import DOCUMENTS
+from throughput import ModelFlops, peak_memory_gib
+from throughput import peak_tflops as known_peak_tflops
+from token_sums import TokenSums, averages, document_lengths
 
 logger = get_logger(__name__)
 
 
-class TokenSums:
-    """Sums over supervised tokens, kept on the device and divided only when they are printed."""
+class TellEpoch(TrainerCallback):
+    """Tells a trainer's EpochOrder the epoch. The loader that Trainer resumes with on several ranks doesn't."""
 
-    # order of the entries of the tensor
-    LOSS, TERMS, NLL, P_CORRECT, TOP1, SUPERVISED, TOKENS = range(7)
-    COUNT = 7
+    def __init__(self, order_of: Callable[[], EpochOrder | None]):
+        self._order_of = order_of
 
-    def __init__(self, device: torch.device):
-        # float64: a float32 sum stops counting single tokens at 2**24; MPS has no float64
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.values = torch.zeros(self.COUNT, dtype=dtype, device=device)
-
-    def add(
-        self,
-        loss_sum: torch.Tensor,
-        num_terms: torch.Tensor | int,
-        tokens: TokenStatistics,
-        num_tokens: torch.Tensor | int,
-    ) -> None:
-        """Adds one micro-batch: its loss, what that is divided by, per-token statistics [N], tokens of any kind."""
-        parts = (
-            loss_sum.detach(),
-            num_terms,
-            tokens.nll.detach().sum(),
-            tokens.p_correct.sum(),
-            tokens.is_top1.sum(),
-            tokens.nll.numel(),
-            num_tokens,
-        )
-        self.values += torch.stack(
-            [torch.as_tensor(x, device=self.values.device).to(self.values.dtype) for x in parts]
-        )
-
-    def take(self, accelerator) -> list[float]:
-        """The sums over all ranks since the last call. A collective: every rank must call it."""
-        total = accelerator.reduce(self.values, reduction="sum").tolist()
-        self.values.zero_()
-        return total
-
-
-class PaddedEvalSet(Dataset):
-    """A dataset made as long as a multiple of `multiple` by rows without supervised tokens.
-
-    A distributed sampler evens out the ranks by repeating rows, which would count them twice. Rows
-    that supervise nothing add nothing to any sum.
-    """
-
-    def __init__(self, rows: Dataset, multiple: int):
-        self.rows = rows
-        self.length = math.ceil(len(rows) / multiple) * multiple
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> dict:
-        if index < len(self.rows):
-            return self.rows[index]
-        if index >= self.length:
-            raise IndexError(index)
-        row = dict(self.rows[0])
-        labels = torch.as_tensor(row["labels"])
-        return row | {"labels": torch.full_like(labels, -100).tolist()}
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        order = self._order_of()
+        if order is not None:
+            order.set_epoch(int(state.epoch))
 
 
 class DFTTrainer(Trainer):
@@ -103,6 +58,8 @@ class DFTTrainer(Trainer):
             auto in the head if it is one that is known.
         loss_chunk_mb: MB of logits that the fused loss holds at once, see fused_loss.CHUNK_MB.
         source_of_row: where a training row comes from, for the error of a loss that is NaN or infinite.
+        row_lengths: tokens of each training row, for train_sampling_strategy group_by_length; by default counted.
+        peak_tflops: what one device could do at most, for mfu; by default known for common GPUs.
         log_metrics_steps: add the DFT metrics only to log records at least this many steps apart;
             None adds them to every record.
         All others are Trainer's own.
@@ -114,6 +71,8 @@ class DFTTrainer(Trainer):
         train/dft_alpha      the alpha in force
         token_accuracy       share of supervised tokens whose arg-max is right
         tokens_per_second, supervised_tokens_per_second, memory_gib
+        padding_share        of the positions that the model computed
+        mfu                  share of the devices' peak, see throughput.ModelFlops; where the peak is known
     Evaluation: loss, ce_loss, perplexity, avg_p_correct and acc of the whole set, behind the metric prefix.
     predict() repeats rows to even out ranks, as Trainer does, and counts them.
 
@@ -139,6 +98,8 @@ class DFTTrainer(Trainer):
         fused_loss: Literal["auto", "on", "off"] = "auto",
         loss_chunk_mb: float | None = None,
         source_of_row: Callable[[int], str] | None = None,
+        row_lengths: Sequence[int] | None = None,
+        peak_tflops: float | None = None,
         log_metrics_steps: int | None = None,
         **kwargs,
     ):
@@ -150,7 +111,11 @@ class DFTTrainer(Trainer):
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("DFTTrainer computes the loss itself: drop compute_loss_func")
         super().__init__(model, args, **kwargs)
+        self._order: EpochOrder | None = None  # of the training rows
+        self.add_callback(TellEpoch(lambda: self._order))
         self._refuse_what_changes_the_loss()
+        if self.args.torch_compile:
+            self._compile_layers()
         self.dft_alpha_warmup_ratio = dft_alpha_warmup_ratio
         self.loss_normalization = loss_normalization
         self.loss_head = self._choose_loss_head(fused_loss, loss_chunk_mb)
@@ -159,6 +124,10 @@ class DFTTrainer(Trainer):
         self._num_batches = 1  # micro-batches of this step
         self._batches_to_do = 0  # of them
         self._finite_check = FiniteCheck(self.train_dataset, source_of_row)
+        self._row_lengths = row_lengths
+        self._may_leak = True  # until documents of one row are seen to be apart
+        self._flops = ModelFlops(self.model)
+        self._peak_tflops = peak_tflops if peak_tflops is not None else known_peak_tflops(self.args.device)
         self.log_metrics_steps = log_metrics_steps
         # the count of supervised tokens is taken in get_batch_samples, whatever the model's signature
         self.model_accepts_loss_kwargs = False
@@ -174,6 +143,20 @@ class DFTTrainer(Trainer):
         if self.args.n_gpu > 1:
             raise ValueError("DataParallel is not supported: start one process per GPU (torchrun, deepspeed)")
 
+    def _compile_layers(self) -> None:
+        """Compiles the model's layers and leaves what is around them, the head among it, as it is.
+
+        They are compiled in place, where accelerate would compile the whole or put copies in their place.
+        """
+        plugin = self.accelerator.state.dynamo_plugin
+        options = plugin.to_kwargs()
+        plugin.backend = DynamoBackend.NO
+        stacks = [module for module in self.model.modules() if is_repeated_blocks(module)]
+        if not stacks:
+            raise ValueError(f"torch_compile: {type(self.model).__name__} has no stack of layers to compile")
+        for layer in (layer for stack in stacks for layer in stack):
+            layer.compile(**options)
+
     def _choose_loss_head(self, fused_loss: str, chunk_mb: float | None) -> LossHead | None:
         """The head that computes the loss, None to compute it from logits; says which and why."""
         chunk_mb = CHUNK_MB.get(self.args.device.type, CHUNK_MB["cpu"]) if chunk_mb is None else chunk_mb
@@ -182,8 +165,6 @@ class DFTTrainer(Trainer):
         if fused_loss == "off":
             return None
         try:
-            if self.args.torch_compile:
-                raise UnsupportedHead("torch_compile makes its own of the head")
             head = LossHead(self.model, chunk_mb)
         except UnsupportedHead as error:
             return self._without_loss_head(fused_loss, error)
@@ -208,10 +189,9 @@ class DFTTrainer(Trainer):
         return super().train(*args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
-        """Trainer drops the columns that the model's forward doesn't take; the loss takes one more."""
+        """Trainer drops the columns that the model's forward doesn't take; the loss and the collators take more."""
         super()._set_signature_columns_if_needed()
-        if "loss_weights" not in self._signature_columns:
-            self._signature_columns.append("loss_weights")
+        self._signature_columns += {"loss_weights", DOCUMENTS} - set(self._signature_columns)
 
     # ---- the loss -------------------------------------------------------------------------------
 
@@ -245,6 +225,10 @@ class DFTTrainer(Trainer):
         loss_weights = inputs.pop("loss_weights", None)
         inputs.pop("skip_logits", None)  # Trainer asks Liger models to skip them in evaluation
         weight = self.token_weight
+        if self._may_leak and model.training and needs_check(inputs):
+            with self.compute_loss_context_manager():
+                assert_apart(model, inputs, self.model.config.get_text_config().vocab_size)
+            self._may_leak = False
         if model.training:
             weight = replace(weight, alpha=self.alpha_at(self.state.global_step))
         scales = token_scales(labels, loss_weights, self.loss_normalization)
@@ -253,8 +237,7 @@ class DFTTrainer(Trainer):
 
         num_terms = count_terms(labels, self.loss_normalization)
         sums = self._train_sums if model.training else self._eval_sums
-        num_tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else labels.numel()
-        sums.add(loss_sum, num_terms, tokens, num_tokens)
+        sums.add(loss_sum, num_terms, tokens, document_lengths(inputs), labels.numel())
 
         if num_items_in_batch is None:  # evaluation: the metrics come from the sums
             num_items_in_batch = num_terms
@@ -275,7 +258,7 @@ class DFTTrainer(Trainer):
         """Stops before the last backward pass of a step (DeepSpeed changes weights in it) if a loss is not finite."""
         if self._batches_to_do == 0:  # not called by train()
             return
-        self._finite_check.note(loss, inputs["input_ids"], inputs.get("attention_mask"))
+        self._finite_check.note(loss, inputs)
         self._batches_to_do -= 1
         if self._batches_to_do == 0:
             self._finite_check.stop(self.state.global_step + 1)
@@ -328,15 +311,44 @@ class DFTTrainer(Trainer):
             self._shown_step = self.state.global_step
         logs["tokens_per_second"] = sums[TokenSums.TOKENS] / seconds
         logs["supervised_tokens_per_second"] = sums[TokenSums.SUPERVISED] / seconds
+        logs["padding_share"] = 1.0 - sums[TokenSums.TOKENS] / max(sums[TokenSums.POSITIONS], 1.0)
         logs["memory_gib"] = peak_memory_gib(self.args.device)
+        if self._peak_tflops is not None:
+            done = self._flops(*(sums[i] for i in (TokenSums.TOKENS, TokenSums.SUPERVISED, TokenSums.PAIRS)))
+            logs["mfu"] = done / (seconds * self._peak_tflops * 1e12 * self.args.world_size)
+
+    # ---- rows -----------------------------------------------------------------------------------
+
+    def _get_dataloader(self, dataset, description, batch_size, *args, **kwargs):
+        """Trainer's; training and evaluation sets are filled up so that no row is repeated on any number of ranks."""
+        fills = description == "Evaluation" or (description == "Training" and not self.args.dataloader_drop_last)
+        if fills and hasattr(dataset, "__len__"):
+            dataset = FilledRows(dataset, batch_size * self.args.world_size)
+        return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        """The order of the training rows, see EpochOrder."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        strategy = self.args.train_sampling_strategy
+        if strategy == "batch_rebalance" or dataset is None or not hasattr(dataset, "__len__"):
+            return super()._get_train_sampler(train_dataset)
+        rows = dataset.rows if isinstance(dataset, FilledRows) else dataset
+        lengths = None
+        if strategy == "group_by_length":
+            lengths = token_lengths(rows) if self._row_lengths is None else self._row_lengths
+        args = self.args
+        order = EpochOrder(
+            len(rows),
+            len(dataset),
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            strategy=strategy or "random",
+            lengths=lengths,
+            rows_per_step=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        )
+        self._order = order
+        return order
 
     # ---- evaluation -----------------------------------------------------------------------------
-
-    def _get_dataloader(self, dataset, description, *args, **kwargs):
-        """Trainer's; evaluation sets are padded so that no row is repeated on any number of ranks."""
-        if description == "Evaluation" and hasattr(dataset, "__len__"):
-            dataset = PaddedEvalSet(dataset, self.args.eval_batch_size * self.args.world_size)
-        return super()._get_dataloader(dataset, description, *args, **kwargs)
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
         """Trainer's loop; its loss, a mean of batch means, is replaced by sums divided once."""
@@ -348,26 +360,8 @@ class DFTTrainer(Trainer):
             metrics = averages(sums)
             metrics["perplexity"] = math.exp(min(metrics["ce_loss"], 700.0))
             output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in metrics.items()})
-        if isinstance(dataloader.dataset, PaddedEvalSet):
+        if isinstance(dataloader.dataset, FilledRows):
             output = output._replace(num_samples=len(dataloader.dataset.rows))
         if self._clock is not None:  # the training throughput doesn't pay for the evaluation
             self._clock += time.perf_counter() - start
         return output
-
-
-def averages(sums: list[float]) -> dict[str, float]:
-    """Token averages of `TokenSums.take`: loss, ce_loss, avg_p_correct, acc. Zero where nothing was summed."""
-    n = max(sums[TokenSums.SUPERVISED], 1.0)
-    return {
-        "loss": sums[TokenSums.LOSS] / max(sums[TokenSums.TERMS], 1.0),
-        "ce_loss": sums[TokenSums.NLL] / n,
-        "avg_p_correct": sums[TokenSums.P_CORRECT] / n,
-        "acc": sums[TokenSums.TOP1] / n,
-    }
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory so far in GiB: allocated on the device, or of the process on CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # ru_maxrss is in KiB on Linux

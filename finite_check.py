@@ -7,6 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from packing import PackedRows
+
 MAX_NAMED = 20  # rows
 
 
@@ -19,17 +21,17 @@ class FiniteCheck:
     """
 
     def __init__(self, dataset: Dataset | None, source_of: Callable[[int], str] | None = None):
-        self._dataset = dataset
+        self._dataset = dataset.rows if isinstance(dataset, PackedRows) else dataset
         self._source_of = source_of or (lambda index: f"row {index} of the training set")
-        self._noted: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self._noted: list[tuple[Tensor, dict[str, Tensor]]] = []
 
     def begin(self) -> None:
         """The start of a step."""
         self._noted = []
 
-    def note(self, loss: Tensor, input_ids: Tensor, attention_mask: Tensor | None) -> None:
-        """A micro-batch: its loss, and its rows [B, T]."""
-        self._noted.append((loss.detach(), input_ids, attention_mask))
+    def note(self, loss: Tensor, inputs: dict[str, Tensor]) -> None:
+        """A micro-batch: its loss, and what the model was given."""
+        self._noted.append((loss.detach(), inputs))
 
     def stop(self, step: int) -> None:
         """Raises FloatingPointError on every rank if a loss noted on any is not finite. A collective, once a step."""
@@ -39,7 +41,7 @@ class FiniteCheck:
             dist.all_reduce(any_bad, op=dist.ReduceOp.MAX)
         if not any_bad:
             return
-        rows = [self._sources(*batch) for bad, (_, *batch) in zip(is_bad, self._noted, strict=True) if bad]
+        rows = [self._sources(inputs) for bad, (_, inputs) in zip(is_bad, self._noted, strict=True) if bad]
         named = [name for some in _of_all_ranks(rows) for name in some]
         listed = ", ".join(named[:MAX_NAMED]) + (f" and {len(named) - MAX_NAMED} more" if named[MAX_NAMED:] else "")
         raise FloatingPointError(
@@ -47,10 +49,9 @@ class FiniteCheck:
             "--learning_rate, or train in bfloat16 or float32 instead of float16"
         )
 
-    def _sources(self, input_ids: Tensor, attention_mask: Tensor | None) -> list[str]:
+    def _sources(self, inputs: dict[str, Tensor]) -> list[str]:
         """Where rows come from; the first of the dataset with the same tokens."""
-        masks = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        wanted = [row[mask.bool()].tolist() for row, mask in zip(input_ids, masks, strict=True)]
+        wanted = _rows(inputs)
         found: dict[int, str] = {}
         for index in range(len(self._dataset) if hasattr(self._dataset, "__len__") else 0):
             row = list(self._dataset[index]["input_ids"])
@@ -60,6 +61,15 @@ class FiniteCheck:
             if len(found) == len(wanted):
                 break
         return [found.get(place, "a row that is not in the training set") for place in range(len(wanted))]
+
+
+def _rows(inputs: dict[str, Tensor]) -> list[list[int]]:
+    """The tokens of each row of a batch, without padding."""
+    input_ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    if "cu_seq_lens_q" in inputs:
+        return [ids.tolist() for ids in input_ids[0].split(inputs["cu_seq_lens_q"].diff().tolist())]
+    masks = torch.ones_like(input_ids) if mask is None else mask
+    return [row[kept.bool()].tolist() for row, kept in zip(input_ids, masks, strict=True)]
 
 
 def _is_distributed() -> bool:

@@ -24,15 +24,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import is_flash_attn_2_available
 
 from arguments import DataArguments, DFTTrainingArguments, ModelArguments
-from batching import PaddingCollator
+from attention import choose_attention
+from batch_plan import BatchPlan, choose_batching
 from chat_format import ChatFormat, load_chat_template
 from command_line import parse_args
 from data_cache import CACHE_DIRECTORY
 from data_page import write_page
-from data_report import add_batches, report_table, show_row, write_report
+from data_report import report_table, show_row, write_report
 from data_utils import PreparedData, load_prepared, prepare_in_cache
 from dft_trainer import DFTTrainer
 from dist_logger import UserError, get_logger, quiet_libraries, setup_logging
@@ -53,8 +53,11 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = find_checkpoint(args)
     tokenizer = load_tokenizer(model_args, data_args)
     config = load_config(model_args, tokenizer)
-    attention = choose_attention(model_args, args, config)
-    data = load_data(data_args, args, tokenizer)
+    attention = choose_attention(
+        model_args.attn_implementation, config, attends_in_16_bits(model_args, args, config), model_args.attn_strict
+    )
+    plan = plan_batches(data_args, args, config, attention)
+    data = load_data(data_args, args, tokenizer, plan)
     if data_args.dry_run:
         return
     args.report_to = start_trackers(args)
@@ -73,8 +76,10 @@ def main(argv: list[str] | None = None) -> None:
         loss_chunk_mb=dft_args.loss_chunk_mb,
         source_of_row=data.source_of,
         log_metrics_steps=logging_args.log_metrics_steps,
-        data_collator=PaddingCollator(tokenizer),
-        train_dataset=data.train,
+        row_lengths=data.lengths,
+        peak_tflops=logging_args.peak_tflops,
+        data_collator=plan.collator(tokenizer),
+        train_dataset=plan.training_rows(data.train, data.lengths),
         eval_dataset=data.evaluation,
         processing_class=tokenizer,
         callbacks=[TrainLog(args.output_dir)],
@@ -172,8 +177,25 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return tuple(sorted(added | set(tokenizer.all_special_ids)))
 
 
+def plan_batches(
+    data_args: DataArguments, args: DFTTrainingArguments, config: PretrainedConfig, attention: str
+) -> BatchPlan:
+    """How the training rows become batches."""
+    plan = BatchPlan(
+        choose_batching(args.batching, config, attention),
+        max_length=data_args.max_length,
+        max_tokens=args.max_tokens_per_batch,
+        rows_per_batch=args.per_device_train_batch_size,
+        batches_per_step=args.gradient_accumulation_steps * args.world_size,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        strategy=args.train_sampling_strategy,
+    )
+    args.train_sampling_strategy = plan.strategy
+    return plan
+
+
 def load_data(
-    data_args: DataArguments, args: DFTTrainingArguments, tokenizer: PreTrainedTokenizerBase
+    data_args: DataArguments, args: DFTTrainingArguments, tokenizer: PreTrainedTokenizerBase, plan: BatchPlan
 ) -> PreparedData:
     """The training and evaluation rows, tokenised by one process of each node and read by all of them."""
     chat_format = ChatFormat(tokenizer, data_args.train_on, data_args.mask_thinking)
@@ -202,18 +224,20 @@ def load_data(
     )
     data = load_prepared(once_per_node(prepare))
     if is_main:
-        show_data(data, data_args, args, tokenizer)
+        show_data(data, data_args, args, tokenizer, plan)
     return data
 
 
 def show_data(
-    data: PreparedData, data_args: DataArguments, args: DFTTrainingArguments, tokenizer: PreTrainedTokenizerBase
+    data: PreparedData,
+    data_args: DataArguments,
+    args: DFTTrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: BatchPlan,
 ) -> None:
     """Writes and logs what became of the data; shows a sample row of each file in a dry run or for debugging."""
     out = Path(args.output_dir)
-    batch_size = args.per_device_train_batch_size
-    rows_per_step = batch_size * args.gradient_accumulation_steps * args.world_size
-    add_batches(data.report, data.training_lengths(), batch_size, rows_per_step)
+    plan.add_to_report(data.report, data.lengths, data.training_lengths())
     write_report(data.report, out)
     shutil.copyfile(data.directory / "rejected.jsonl", out / "rejected.jsonl")
     write_page(data, tokenizer, out / "data_report.html")
@@ -252,26 +276,10 @@ def load_config(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase) 
     return config
 
 
-def choose_attention(model_args: ModelArguments, args: DFTTrainingArguments, config: PretrainedConfig) -> str:
-    """The attention implementation to load the model with.
-
-    Raises:
-        UserError: flash_attention_2 can't run here and --attn_strict is set.
-    """
-    wanted = model_args.attn_implementation
+def attends_in_16_bits(model_args: ModelArguments, args: DFTTrainingArguments, config: PretrainedConfig) -> bool:
+    """Whether the model computes in 16 bits."""
     dtype = str(config.dtype) if model_args.torch_dtype == "auto" else model_args.torch_dtype
-    half = args.bf16 or args.fp16 or dtype.endswith("float16")
-    # the kernels need an Ampere GPU or a newer one
-    can_flash = half and is_flash_attn_2_available() and torch.cuda.get_device_capability() >= (8, 0)
-    if wanted == "auto":
-        return "flash_attention_2" if can_flash else "sdpa"
-    if wanted == "flash_attention_2" and not can_flash:
-        problem = "flash_attention_2 needs an NVIDIA GPU (Ampere or newer), the flash-attn package and 16-bit training"
-        if model_args.attn_strict:
-            raise UserError(f"{problem}; drop --attn_strict to use sdpa")
-        logger.warning("%s: using sdpa", problem)
-        return "sdpa"
-    return wanted
+    return args.bf16 or args.fp16 or dtype.endswith("float16")
 
 
 def load_model(

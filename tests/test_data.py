@@ -23,7 +23,7 @@ from data_cache import cached
 from data_formats import Conversation, Rejected
 from data_page import write_page
 from data_pipeline import reject_untrainable
-from data_report import add_batches, padding_waste, report_table, show_row
+from data_report import report_table, show_row
 from data_utils import load_conversations, prepare_data, tokenize_dataset
 from dist_logger import UserError
 
@@ -450,21 +450,6 @@ def test_show_row_marks_what_is_supervised(tmp_path, prepare, tokenizer, monkeyp
     assert "[[Because." in show_row(data.samples[0], tokenizer)
     data = prepare([write_jsonl(tmp_path / "b.jsonl", [chat("\x1b[2J", "a\tb")])])
     assert "\\x1b[2J<|im_end|>\n" in show_row(data.samples[0], tokenizer, color=False)
-
-
-def test_batches_in_the_report(tmp_path, prepare):
-    data = prepare([write_jsonl(tmp_path / "a.jsonl", [chat(str(i)) for i in range(10)])])
-    add_batches(data.report, data.training_lengths(), batch_size=2, rows_per_step=4)
-    total = data.report["total"]
-    assert (total["training_rows_per_epoch"], total["steps_per_epoch"]) == (10, 3)
-    assert "10 training rows, 3 steps an epoch" in report_table(data.report)
-
-
-def test_padding_waste():
-    assert padding_waste(np.full(6, 8), 3) == 0
-    assert padding_waste(np.array([8, 24]), 2) == 1 - 32 / 48
-    assert padding_waste(np.array([4]), 2) == 0.5
-    assert padding_waste(np.zeros(0), 2) is None
 
 
 def test_the_page_escapes_what_it_shows(tmp_path, prepare, tokenizer):

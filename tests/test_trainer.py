@@ -9,7 +9,7 @@ from conftest import ROOT, rows
 from transformers import DataCollatorForSeq2Seq
 
 from batching import PaddingCollator
-from dft_trainer import PaddedEvalSet
+from epoch_order import FilledRows
 from scripts.make_tiny_model import make_model
 
 
@@ -165,7 +165,7 @@ def test_a_model_that_takes_no_loss_arguments_is_normalised_all_the_same(make_tr
 
 
 def test_padded_rows_supervise_nothing():
-    padded = PaddedEvalSet(rows(11), multiple=4)
+    padded = FilledRows(rows(11), multiple=4)
     assert len(padded) == 12
     assert padded[10]["labels"] == rows(11)[10]["labels"]
     assert set(padded[11]["labels"]) == {-100}

@@ -1,0 +1,68 @@
+"""Whether a model keeps documents apart that stand in one row."""
+
+import torch
+from torch import Tensor, nn
+
+from batching import border_arguments
+from dist_logger import UserError
+
+LENGTH = 8  # tokens of each document of the check
+MOST = 0.1  # of what would be seen if the documents were one
+
+
+class LeakingDocuments(UserError, ValueError):
+    """Documents of one row see each other."""
+
+
+def needs_check(inputs: dict) -> bool:
+    """Whether a batch may hold several documents in a row."""
+    return "cu_seq_lens_q" in inputs or "position_ids" in inputs
+
+
+@torch.no_grad()
+def assert_apart(model: nn.Module, inputs: dict, vocab_size: int) -> None:
+    """Two documents in one row: changing the first must not change what the model says of the second.
+
+    A measure is what it changes when both are one document. Calls the model, which may be wrapped, four times; all
+    ranks must do it together.
+
+    Args:
+        inputs: a batch, whose kind of arguments is used.
+
+    Raises:
+        LeakingDocuments: it does change.
+    """
+    device = inputs["input_ids"].device
+    ids = torch.arange(3 * LENGTH, device=device) % vocab_size
+    first, other, second = ids.split(LENGTH)
+    was_training = model.training
+    model.eval()
+    apart, joined = (
+        [_second(model, torch.cat([start, second])[None], lengths, inputs) for start in (first, other)]
+        for lengths in ([LENGTH, LENGTH], [2 * LENGTH])
+    )
+    model.train(was_training)
+    seen, whole = ((a - b).abs().max().item() for a, b in (apart, joined))
+    if seen > MOST * whole:
+        raise LeakingDocuments(
+            "documents of one row see each other with this model and attention implementation "
+            f"(a change of one moves the logits of the next by {seen:.2g}, and by {whole:.2g} if they are one): "
+            "use --batching padded"
+        )
+
+
+def _second(model: nn.Module, ids: Tensor, lengths: list[int], inputs: dict) -> Tensor:
+    """float32 logits [T, V] of the last tokens of a row of documents."""
+    arguments = {
+        "input_ids": ids,
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "attention_mask": torch.ones_like(ids),
+        **border_arguments(lengths),
+        "use_cache": False,
+    }
+    arguments = {
+        key: value.to(ids.device) if isinstance(value, Tensor) else value
+        for key, value in arguments.items()
+        if key in inputs
+    }
+    return model(**arguments).logits[0, -LENGTH:].float()

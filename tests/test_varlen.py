@@ -1,0 +1,291 @@
+"""Documents in one row are computed as if each were alone: attention, whole models, and the check of a run."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+import varlen_attention as varlen
+from attention import choose_attention, documents_leak, model_class_of
+from batching import FlatteningCollator, border_arguments
+from dist_logger import UserError
+from leak_check import LeakingDocuments, assert_apart, needs_check
+
+varlen.register()
+LENGTHS = [7, 1, 12, 5]
+
+
+def reference(q, k, v, scale, window):
+    """Attention of one document [heads, T, D], written out."""
+    repeats = q.shape[0] // k.shape[0]
+    out = torch.zeros(*q.shape[:2], v.shape[-1], dtype=q.dtype)
+    for head in range(q.shape[0]):
+        keys, values = k[head // repeats], v[head // repeats]
+        for t in range(q.shape[1]):
+            first = 0 if window is None else max(0, t - window + 1)
+            weights = torch.softmax(keys[first : t + 1] @ q[head, t] * scale, dim=0)
+            out[head, t] = weights @ values[first : t + 1]
+    return out
+
+
+def kernel_of_torch(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    """What torch.nn.attention.varlen.varlen_attn is documented to do; stands in for it where there is no GPU."""
+    assert cu_q.dtype == torch.int32
+    assert cu_q.tolist() == cu_k.tolist()
+    assert max_q == max_k == int(cu_q.diff().max())
+    assert query.shape[-1] == key.shape[-1] == value.shape[-1]
+    assert query.shape[-1] % 8 == 0
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    left, right = window_size
+    assert right == 0
+    lengths = cu_q.diff().tolist()
+    parts = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (query, key, value)), strict=True)
+    outs = [reference(*part, scale, None if left == -1 else left + 1) for part in parts]
+    return torch.cat(outs, dim=1).transpose(0, 1)
+
+
+@pytest.mark.parametrize("path", ["document by document", "kernel"])
+@pytest.mark.parametrize("window", [None, 1, 4, 64])
+@pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (6, 2)])
+@pytest.mark.parametrize(("dim", "value_dim"), [(16, 16), (20, 20), (24, 16)])
+def test_each_document_alone(monkeypatch, path, window, heads, key_heads, dim, value_dim):
+    generator = torch.Generator().manual_seed(0)
+
+    def random(num_heads, size):
+        values = torch.randn(1, num_heads, sum(LENGTHS), size, generator=generator, dtype=torch.float64)
+        return values.requires_grad_()
+
+    q, k, v = random(heads, dim), random(key_heads, dim), random(key_heads, value_dim)
+    if path == "kernel":
+        monkeypatch.setattr(varlen, "kernel_takes", lambda *_: True)
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel_of_torch)
+    borders = border_arguments(LENGTHS)
+    module = SimpleNamespace(num_key_value_groups=heads // key_heads, is_causal=True)
+    for scale in (None, 0.3):
+        out, _ = varlen.varlen_attention(module, q, k, v, None, 0.0, scale, window, **borders)
+        used = 1 / math.sqrt(dim) if scale is None else scale
+        parts = zip(*(x[0].split(LENGTHS, dim=1) for x in (q, k, v)), strict=True)
+        expected = torch.cat([reference(*part, used, window) for part in parts], dim=1).transpose(0, 1)[None]
+        torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
+        upstream = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+        ours = torch.autograd.grad(out, (q, k, v), upstream)
+        theirs = torch.autograd.grad(expected, (q, k, v), upstream)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+def test_rows_without_borders_are_documents():
+    q = torch.randn(3, 2, 5, 8)
+    out, _ = varlen.varlen_attention(SimpleNamespace(), q, q, q, None)
+    for row, expected in zip(out, q, strict=True):
+        torch.testing.assert_close(row.transpose(0, 1), reference(expected, expected, expected, 8**-0.5, None))
+
+
+def test_what_it_would_get_wrong_is_refused():
+    q = torch.randn(1, 2, 6, 8)
+    with pytest.raises(ValueError, match="cu_seq_lens_q is not given"):
+        varlen.varlen_attention(SimpleNamespace(), q, q, q, None, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]))
+    for name in ("softcap", "s_aux", "position_bias"):
+        with pytest.raises(ValueError, match=name):
+            varlen.varlen_attention(SimpleNamespace(), q, q, q, None, **{name: 30.0})
+
+
+def test_where_the_kernels_run(monkeypatch):
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.version, "hip", None)
+    for capability, is_new in (((8, 0), True), ((9, 0), True), ((7, 5), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        assert varlen.kernel_takes(torch.bfloat16, cuda, 128) == is_new
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert varlen.kernel_takes(torch.float16, cuda, 256)
+    assert not varlen.kernel_takes(torch.float32, cuda, 128)
+    assert not varlen.kernel_takes(torch.bfloat16, cuda, 264)
+    assert not varlen.kernel_takes(torch.bfloat16, cuda, 128, dropout=0.1)
+    assert not varlen.kernel_takes(torch.bfloat16, torch.device("cpu"), 128)
+
+
+# ---- models -------------------------------------------------------------------------------------
+
+SMALL = {
+    "vocab_size": 120,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+EXPERTS = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
+MODELS = {
+    "LlamaConfig": {},
+    "MistralConfig": {"sliding_window": 4},
+    "Qwen2Config": {},
+    "Qwen3Config": {"head_dim": 12},
+    "Gemma3TextConfig": {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 5},
+    "Olmo2Config": {},
+    "Phi3Config": {},
+    "GraniteConfig": {"attention_multiplier": 0.2},
+    "CohereConfig": {},
+    "SmolLM3Config": {"no_rope_layers": [1, 0]},
+    "GPT2Config": {},
+    "MixtralConfig": {"num_local_experts": 4},
+    "Qwen3MoeConfig": {**EXPERTS, "num_experts": 4, "head_dim": 8},
+    "DeepseekV3Config": {
+        **EXPERTS,
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 12,
+        "num_key_value_heads": 4,
+        "first_k_dense_replace": 1,
+    },
+}
+
+
+def make(name: str, attention: str, **settings):
+    torch.manual_seed(0)
+    config = getattr(transformers, name)(**{**SMALL, **MODELS.get(name, {}), **settings})
+    config.initializer_range = 0.3  # so that a leak is seen
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+
+
+def documents_of(lengths: list[int]) -> list[dict]:
+    generator = torch.Generator().manual_seed(1)
+    ids = [torch.randint(3, 120, (length,), generator=generator).tolist() for length in lengths]
+    return [{"input_ids": some, "labels": some} for some in ids]
+
+
+def without_labels(batch: dict) -> dict:
+    return {key: value for key, value in batch.items() if key != "labels"}
+
+
+@pytest.mark.parametrize("attention", ["varlen", "sdpa", "eager"])
+@pytest.mark.parametrize("name", MODELS)
+def test_models_keep_documents_apart(name, attention):
+    model = make(name, attention).eval()
+    rows = documents_of(LENGTHS)
+    flat = without_labels(FlatteningCollator()(rows))
+    logits = model(**flat).logits[0].split(LENGTHS)
+    alone = make(name, "eager").eval()
+    for row, ours in zip(rows, logits, strict=True):
+        expected = alone(input_ids=torch.tensor([row["input_ids"]]), use_cache=False).logits[0]
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    assert needs_check(flat)
+    assert_apart(model, flat, 120)
+    assert choose_attention("auto", model.config, is_16_bit=False) == "varlen"
+
+
+@pytest.mark.parametrize("name", ["Qwen3Config", "MistralConfig"])
+def test_padded_rows_and_the_cache_are_as_with_sdpa(name):
+    ours, theirs = make(name, "varlen").eval(), make(name, "sdpa").eval()
+    ids = torch.randint(3, 120, (2, 9), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    mask[0, 6:] = 0
+    for some in (mask, torch.ones_like(ids), None):
+        a, b = (model(input_ids=ids, attention_mask=some).logits for model in (ours, theirs))
+        real = (torch.ones_like(ids) if some is None else some).bool()
+        torch.testing.assert_close(a[real], b[real])
+    left = mask.flip(1)
+    a, b = (
+        model.generate(input_ids=ids, attention_mask=left, max_new_tokens=8, do_sample=False)
+        for model in (ours, theirs)
+    )
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["Qwen3Config", "DeepseekV3Config"])
+def test_checkpointing_of_activations_changes_nothing(name):
+    batch = without_labels(FlatteningCollator()(documents_of(LENGTHS)))
+    gradients = []
+    for is_checkpointing in (False, True):
+        model = make(name, "varlen").train()
+        if is_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(**batch).logits.square().mean().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# ---- what is chosen, and what is refused --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "reason"),
+    [
+        ("Gemma2Config", {}, "attn_logit_softcapping"),
+        ("GptOssConfig", {}, "in a way of its own"),
+        ("Llama4TextConfig", {}, "chunked_attention"),
+        ("Qwen3NextConfig", {}, "linear_attention"),
+        ("FalconMambaConfig", {}, "linear_attention"),
+    ],
+)
+def test_models_that_need_another_attention(name, settings, reason):
+    config = getattr(transformers, name)(**settings)
+    assert choose_attention("auto", config, is_16_bit=True) == "sdpa"
+    with pytest.raises(UserError, match=reason):
+        choose_attention("varlen", config, is_16_bit=True)
+    assert choose_attention("eager", config, is_16_bit=True) == "eager"
+
+
+def test_flash_attention_where_it_can_run(monkeypatch):
+    config = transformers.Qwen3Config()
+    monkeypatch.setattr("attention.is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert choose_attention("auto", config, is_16_bit=True) == "flash_attention_2"
+    assert choose_attention("auto", config, is_16_bit=False) == "varlen"
+    assert choose_attention("flash_attention_2", config, is_16_bit=False) == "varlen"
+    with pytest.raises(UserError, match="--attn_strict to use varlen"):
+        choose_attention("flash_attention_2", config, is_16_bit=False, strict=True)
+
+
+def test_code_that_comes_with_the_model_is_not_trusted_to_pass_borders_on():
+    config = transformers.Qwen3Config()
+    config.auto_map = {"AutoModelForCausalLM": "modeling.Own"}
+    assert model_class_of(config) is None
+    assert choose_attention("auto", config, is_16_bit=True) == "sdpa"
+
+
+def test_recurrent_layers_leak():
+    assert "recurrent" in documents_leak(transformers.FalconMambaConfig())
+    assert documents_leak(transformers.Qwen3Config()) is None
+
+
+def test_the_check_finds_leaks():
+    batch = without_labels(FlatteningCollator()(documents_of(LENGTHS)))
+    model = make("Qwen3Config", "sdpa")
+    assert_apart(model, batch, 120)
+    assert model.training  # as it was
+    # an attention mask of ones takes the place of the one that is made of the positions
+    masked = {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
+    with pytest.raises(LeakingDocuments, match="--batching padded"):
+        assert_apart(model, masked, 120)
+    without = {key: value for key, value in batch.items() if key != "position_ids"}
+    with pytest.raises(LeakingDocuments):
+        assert_apart(model, without, 120)
+    recurrent = AutoModelForCausalLM.from_config(
+        transformers.FalconMambaConfig(vocab_size=120, hidden_size=16, state_size=4, num_hidden_layers=1)
+    )
+    with pytest.raises(LeakingDocuments):
+        assert_apart(Ignoring(recurrent), batch, 120)
+
+
+class Ignoring(torch.nn.Module):
+    """A model whose forward ignores where documents begin."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, **kwargs):
+        return self.model(input_ids=input_ids)

@@ -1,0 +1,173 @@
+"""Attention over documents of different lengths, one after the other in one row, each seeing itself alone.
+
+On a GPU with 16-bit numbers these are the FlashAttention kernels inside PyTorch: nothing to build. Elsewhere
+torch's scaled_dot_product_attention goes from document to document. No mask is made, so memory grows with the
+tokens and not with their square. Registered with transformers under the name "varlen".
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad, scaled_dot_product_attention
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward, use_gqa_in_sdpa
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+VARLEN = "varlen"
+KERNEL_HEAD_DIM = 256  # the most that the kernels take
+
+
+def register() -> None:
+    """Makes attn_implementation="varlen" known to transformers."""
+    AttentionInterface.register(VARLEN, varlen_attention)
+    AttentionMaskInterface.register(VARLEN, varlen_mask)
+
+
+def why_not(model_class: type[PreTrainedModel] | None, config: PretrainedConfig) -> str | None:
+    """Why a model can't use this attention, in words; None if it can.
+
+    Args:
+        model_class: None for code that comes with the model.
+        config: of its text part.
+    """
+    if model_class is None:
+        return "its code comes with the model"
+    name = model_class.__name__
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds or getattr(model_class, "_is_stateful", False):
+        return f"{name} has layers that are not causal attention ({', '.join(sorted(kinds)) or 'recurrent'})"
+    for option in ("attn_logit_softcapping", "attention_chunk_size"):
+        if getattr(config, option, None):
+            return f"{name} uses {option}"
+    if not (model_class._supports_sdpa and model_class._supports_attention_backend):
+        return f"{name} computes attention in a way of its own"
+    return None
+
+
+def kernel_takes(dtype: torch.dtype, device: torch.device, head_dim: int, dropout: float = 0.0) -> bool:
+    """Whether the kernels inside PyTorch run for this: a GPU of at least Ampere, 16 bits, head_dim up to 256."""
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and dtype in (torch.bfloat16, torch.float16)
+        and head_dim <= KERNEL_HEAD_DIM
+        and dropout == 0.0
+    )
+
+
+def varlen_mask(
+    *, q_length: int, kv_length: int, attention_mask: Tensor | None = None, use_vmap: bool = False, **kwargs: Any
+) -> Tensor | None:
+    """The mask [B, 1, T, T] of padded rows or of a cache; none for documents, whose borders come from cu_seq_lens."""
+    if attention_mask is None and q_length == kv_length and not use_vmap:
+        return None
+    return sdpa_mask(
+        q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, use_vmap=use_vmap, **kwargs
+    )
+
+
+def varlen_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    position_ids: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each document; with a mask, or a cache, that of sdpa.
+
+    Args:
+        query: [B, heads, T, D]; key and value [B, key heads, T, D]. D of value may be another.
+        sliding_window: tokens that a token sees, itself among them.
+        cu_seq_lens_q: int32 [documents + 1], where documents begin in a row [1, T], and T. None: each row is one.
+        max_length_q: the longest of them.
+
+    Returns:
+        [B, T, heads, D], and no attention weights.
+
+    Raises:
+        ValueError: documents without cu_seq_lens_q, or attention that is not plain causal attention.
+    """
+    for name in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"varlen attention doesn't know {name}: use --attn_implementation eager")
+    if attention_mask is not None or query.shape[2] != key.shape[2]:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    batch, _, length, _ = query.shape
+    if cu_seq_lens_q is None:
+        if position_ids is not None and bool((position_ids.diff() != 1).any()):
+            raise ValueError("positions start anew within a row, but cu_seq_lens_q is not given")
+        cu_seq_lens_q = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=query.device)
+        max_length_q = length
+    # [B, heads, T, D] -> [B·T, heads, D]
+    flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
+    if kernel_takes(query.dtype, query.device, max(query.shape[-1], value.shape[-1]), dropout):
+        out = _by_kernel(*flat, cu_seq_lens_q, max_length_q, scaling, sliding_window)
+    else:
+        out = _by_document(*flat, cu_seq_lens_q, scaling, sliding_window, dropout)
+    return out.unflatten(0, (batch, length)), None
+
+
+def _by_kernel(
+    query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest: int, scale: float | None, window: int | None
+) -> Tensor:
+    """Tensors [S, heads, D] through PyTorch's own FlashAttention."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    dim, value_dim = query.shape[-1], value.shape[-1]
+    to = max(dim, value_dim) + -max(dim, value_dim) % 8  # one size for all, a multiple of 8
+    query, key, value = (x if x.shape[-1] == to else pad(x, (0, to - x.shape[-1])) for x in (query, key, value))
+    out = varlen_attn(
+        *(query, key, value, borders, borders, longest, longest),
+        scale=dim**-0.5 if scale is None else scale,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out[..., :value_dim]
+
+
+@torch.compiler.disable
+def _by_document(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    borders: Tensor,
+    scale: float | None,
+    window: int | None,
+    dropout: float,
+) -> Tensor:
+    """Tensors [S, heads, D], one document after the other."""
+    lengths = borders.diff().tolist()
+    if query.shape[1] != key.shape[1] and not use_gqa_in_sdpa(None, key, value):
+        repeats = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+    parts = []
+    # split and not slices: the gradient of a slice is as large as the whole
+    for q, k, v in zip(*(x.transpose(0, 1)[None].split(lengths, dim=2) for x in (query, key, value)), strict=True):
+        length = q.shape[2]
+        is_local = window is not None and window < length
+        part = scaled_dot_product_attention(
+            *(q, k, v),
+            attn_mask=_local_mask(length, window, q.device) if is_local else None,
+            is_causal=not is_local,
+            dropout_p=dropout,
+            scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        parts.append(part)
+    return torch.cat(parts, dim=2)[0].transpose(0, 1)
+
+
+def _local_mask(length: int, window: int, device: torch.device) -> Tensor:
+    """[T, T], true for the last `window` tokens up to each."""
+    place = torch.arange(length, device=device)
+    distance = place[:, None] - place
+    return (distance >= 0) & (distance < window)
