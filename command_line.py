@@ -5,7 +5,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from transformers import HfArgumentParser
@@ -71,6 +71,9 @@ def build_parser() -> Parser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of flags; the command line overrides it.")
+    for action in parser._actions:
+        if action.type is dict or get_origin(action.type) is dict:
+            action.type = json.loads
     _split_training_group(parser)
     return parser
 

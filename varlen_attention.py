@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward, use
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 VARLEN = "varlen"
+OWN_MASKS = ("doge", "phimoe")  # model types
 KERNEL_HEAD_DIM = 256  # the most that the kernels take
 
 
@@ -37,6 +38,8 @@ def why_not(model_class: type[PreTrainedModel] | None, config: PretrainedConfig)
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds or getattr(model_class, "_is_stateful", False):
         return f"{name} has layers that are not causal attention ({', '.join(sorted(kinds)) or 'recurrent'})"
+    if config.model_type in OWN_MASKS:
+        return f"{name} says more in its masks than in its calls of attention"
     for option in ("attn_logit_softcapping", "attention_chunk_size"):
         if getattr(config, option, None):
             return f"{name} uses {option}"
@@ -87,14 +90,15 @@ def varlen_attention(
     Args:
         query: [B, heads, T, D]; key and value [B, key heads, T, D]. D of value may be another.
         sliding_window: tokens that a token sees, itself among them.
-        cu_seq_lens_q: int32 [documents + 1], where documents begin in a row [1, T], and T. None: each row is one.
+        cu_seq_lens_q: int32 [documents + 1], where documents begin in a row [1, T], and T. None: they begin where
+            position_ids do, or each row is one; looking for it waits for the device.
         max_length_q: the longest of them.
 
     Returns:
         [B, T, heads, D], and no attention weights.
 
     Raises:
-        ValueError: documents without cu_seq_lens_q, or attention that is not plain causal attention.
+        ValueError: attention that is not plain causal attention.
     """
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
@@ -103,10 +107,7 @@ def varlen_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     batch, _, length, _ = query.shape
     if cu_seq_lens_q is None:
-        if position_ids is not None and bool((position_ids.diff() != 1).any()):
-            raise ValueError("positions start anew within a row, but cu_seq_lens_q is not given")
-        cu_seq_lens_q = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=query.device)
-        max_length_q = length
+        cu_seq_lens_q, max_length_q = _borders(batch, length, position_ids, query.device)
     # [B, heads, T, D] -> [B·T, heads, D]
     flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
     if kernel_takes(query.dtype, query.device, max(query.shape[-1], value.shape[-1]), dropout):
@@ -114,6 +115,16 @@ def varlen_attention(
     else:
         out = _by_document(*flat, cu_seq_lens_q, scaling, sliding_window, dropout)
     return out.unflatten(0, (batch, length)), None
+
+
+def _borders(batch: int, length: int, position_ids: Tensor | None, device: torch.device) -> tuple[Tensor, int]:
+    """Where documents begin in rows [B, T] put one after the other, int32 [documents + 1], and the longest."""
+    begins = torch.zeros(batch, length, dtype=torch.bool, device=device)
+    begins[:, 0] = True
+    if position_ids is not None:
+        begins[:, 1:] |= position_ids.diff() != 1
+    borders = torch.cat([begins.flatten().nonzero().flatten(), begins.new_tensor([begins.numel()], dtype=torch.int64)])
+    return borders.int(), int(borders.diff().max())
 
 
 def _by_kernel(
@@ -131,7 +142,7 @@ def _by_kernel(
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return out[..., :value_dim]
+    return out[..., :value_dim].contiguous()
 
 
 @torch.compiler.disable
@@ -162,8 +173,8 @@ def _by_document(
             scale=scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )
-        parts.append(part)
-    return torch.cat(parts, dim=2)[0].transpose(0, 1)
+        parts.append(part[0].transpose(0, 1))
+    return torch.cat(parts)
 
 
 def _local_mask(length: int, window: int, device: torch.device) -> Tensor:

@@ -4,13 +4,14 @@
 
 MODE is ddp, static (DDP with a static graph), zero2, zero3, accelerate (its own ZeRO-3), mutant or evaluated
 (before it is trained). Behind a dash it may say what the head is: logits (the loss comes from these), untied,
-lora (an adapter on the head), frozen. With plain SGD the change of the weights is the gradient. For every cut
-BATCHxACCUMULATION rank 0 writes OUT/BATCHxACCUMULATION.pt: {"gradient": [P] float32, "train": log record,
-"eval": log record}.
+lora (an adapter on the head), frozen; or what the batches are: flat (padding-free), packed. With plain SGD the
+change of the weights is the gradient. For every cut BATCHxACCUMULATION rank 0 writes OUT/BATCHxACCUMULATION.pt:
+{"gradient": [P] float32, "train": log record, "eval": log record}.
 """
 
 import copy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -20,11 +21,15 @@ from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq
 
 from arguments import DFTTrainingArguments
+from batching import FlatteningCollator
 from dft_loss import count_terms
 from dft_trainer import DFTTrainer
+from epoch_order import token_lengths
+from packing import PackedRows, best_fit_decreasing
 from process_group import program
 from scripts.make_example_data import dialogues_zh, facts_en
 from scripts.make_tiny_model import make_model, make_tokenizer, strings
+from varlen_attention import register
 
 LEARNING_RATE = 64.0
 GLOBAL_BATCH = 8
@@ -64,6 +69,9 @@ class Rows(torch.utils.data.Dataset):
 def make_model_with(head: str):
     """The model, and its head of that kind."""
     model = make_model(400, hidden_size=32, num_layers=2)
+    if head in ("flat", "packed"):
+        register()
+        model.set_attn_implementation("varlen")
     if head in ("untied", "lora", "frozen"):
         config = copy.deepcopy(model.config)
         config.tie_word_embeddings = False
@@ -79,9 +87,18 @@ def make_model_with(head: str):
     return model
 
 
+def training_rows(head: str) -> tuple[torch.utils.data.Dataset, Callable]:
+    """The rows of the step, and what makes batches of them."""
+    rows, flatten = Rows(GLOBAL_BATCH), FlatteningCollator()
+    if head == "packed":
+        return PackedRows(rows, best_fit_decreasing(token_lengths(rows), 96)), flatten
+    tokenizer = make_tokenizer(strings(facts_en()[:20] + dialogues_zh()[:5]), vocab_size=400)
+    return rows, flatten if head == "flat" else DataCollatorForSeq2Seq(tokenizer)
+
+
 def one_step(mode: str, batch: int, accumulation: int, out: Path) -> None:
     mode, _, head = mode.partition("-")
-    tokenizer = make_tokenizer(strings(facts_en()[:20] + dialogues_zh()[:5]), vocab_size=400)
+    train_dataset, collator = training_rows(head)
     args = DFTTrainingArguments(
         output_dir=str(out / "trainer"),
         per_device_train_batch_size=batch,
@@ -112,9 +129,9 @@ def one_step(mode: str, batch: int, accumulation: int, out: Path) -> None:
         args,
         dft_alpha=0.7,
         **more,
-        train_dataset=Rows(GLOBAL_BATCH),
+        train_dataset=train_dataset,
         eval_dataset=Rows(11),
-        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        data_collator=collator,
     )
     if mode == "evaluated":
         trainer.evaluate()

@@ -55,6 +55,24 @@ def test_several_trackers(spelling):
     assert parse("--report_to", *spelling)[-1].report_to == ["swanlab", "wandb"]
 
 
+def test_batches_are_counted_in_rows_or_in_tokens():
+    assert parse()[-1].per_device_train_batch_size == 8
+    assert parse("--per_device_train_batch_size", 3)[-1].per_device_train_batch_size == 3
+    args = parse("--max_tokens_per_batch", 8192)[-1]
+    assert (args.per_device_train_batch_size, args.max_tokens_per_batch, args.batching) == (1, 8192, None)
+
+
+def test_ligers_losses_are_off(monkeypatch):
+    monkeypatch.setattr("arguments.has_accelerator", lambda: True)
+    monkeypatch.setattr("arguments.is_liger_kernel_available", lambda: True)
+    args = parse("--use_liger_kernel", "True", "--liger_kernel_config", '{"rope": false}', "--use_cpu", "True")[-1]
+    assert args.liger_kernel_config == {
+        "rope": False,
+        "fused_linear_cross_entropy": False,
+        "cross_entropy": False,
+    }
+
+
 def test_use_simple_dft_false_is_plain_cross_entropy():
     assert parse("--dft_alpha", 0.7, "--use_simple_dft", "False")[2].alpha == 0
     assert parse("--dft_alpha", 0.7)[2].alpha == 0.7
@@ -136,6 +154,27 @@ WRONG = {
     "deepspeed file": (["--deepspeed", "no/such.json"], "--deepspeed no/such.json: no such file"),
     "config file": (["--config", "no/such.yaml"], "--config no/such.yaml can't be read"),
     "fp16 on cpu": (["--fp16", "True"], "--fp16 needs a GPU"),
+    "peak": (["--peak_tflops", "0"], "--peak_tflops is 0.0; it must be above 0"),
+    "batching": (["--batching", "flat"], "invalid choice: 'flat'"),
+    "no tokens in a batch": (["--max_tokens_per_batch", "0"], "--max_tokens_per_batch is 0; it must be at least 1"),
+    "rows and tokens": (["--max_tokens_per_batch", "9000", "--per_device_train_batch_size", "2"], "give one"),
+    "no room for a row": (
+        ["--max_tokens_per_batch", "100", "--max_length", "101"],
+        "--max_tokens_per_batch is 100, but a row may have 104 tokens",
+    ),
+    "packed by length": (
+        ["--batching", "packed", "--train_sampling_strategy", "group_by_length"],
+        "--batching packed by how they fill a batch: drop one",
+    ),
+    "tokens by length": (
+        ["--max_tokens_per_batch", "9000", "--train_sampling_strategy", "group_by_length"],
+        "--max_tokens_per_batch by how they fill a batch",
+    ),
+    "liger on cpu": (["--use_liger_kernel", "True"], "--use_liger_kernel needs a GPU and the package liger-kernel"),
+    "liger's loss": (
+        ["--use_liger_kernel", "True", "--liger_kernel_config", '{"fused_linear_cross_entropy": true}'],
+        "would replace the DFT loss",
+    ),
     "metric steps": (["--log_metrics_steps", "0"], "--log_metrics_steps is 0"),
 }
 

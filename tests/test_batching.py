@@ -272,7 +272,8 @@ def test_experts_count_as_often_as_a_token_visits_them():
 
     settings = {
         "vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "moe_intermediate_size": 8, "num_experts": 8, "num_experts_per_tok": 2, "head_dim": 8,
+        "num_key_value_heads": 1, "moe_intermediate_size": 8, "num_experts": 8, "num_experts_per_tok": 2,
+        "head_dim": 8,
     }  # fmt: skip
     model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**settings))
     experts = 2 * 3 * 16 * 8

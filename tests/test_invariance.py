@@ -64,6 +64,13 @@ def test_heads_of_other_kinds(tmp_path, head):
         assert_same(results["1x4"], alone["8x1"])
 
 
+@pytest.mark.parametrize(("mode", "cut"), [("ddp-flat", "2x2"), ("zero2-flat", "4x1"), ("zero3-packed", "2x1")])
+def test_batches_without_padding(reference, tmp_path, mode, cut):
+    """The 8 rows, which are 4 packed ones: none on one rank alone, and a filler where there are less."""
+    results, _ = one_step(tmp_path, mode, 2, cut)
+    assert_same(results[cut], reference["8x1"])
+
+
 def test_ddp_with_a_static_graph(reference, tmp_path):
     """It reduces gradients only where a backward pass goes through the model's outputs."""
     results, _ = one_step(tmp_path, "static", 2, "4x1")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, read_log, run, write_jsonl
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, FalconMambaConfig
 
 pytestmark = pytest.mark.launch
 
@@ -72,6 +72,7 @@ def test_zero3_leaves_a_whole_model(train, tiny_model, tmp_path):
 def test_resumed_equals_uninterrupted_bit_for_bit(train, tmp_path):
     flags = ("--max_steps", 4, "--save_steps", 2, "--learning_rate", 1e-2, "--gradient_accumulation_steps", 2)
     flags += ("--dft_alpha_warmup_ratio", 1.0, "--loss_normalization", "turn", "--dft_special_tokens", "ce")
+    flags += ("--batching", "packed", "--max_length", 512, "--per_device_train_batch_size", 1)
     train(*flags, **ZERO3)
     whole = tmp_path / "whole"
     (tmp_path / "out").rename(whole)
@@ -317,6 +318,16 @@ def test_a_tokenizer_larger_than_the_model_is_refused(train, tiny_model, tmp_pat
     tokenizer.save_pretrained(model)
     result = train("--model_name_or_path", model, expect=2)
     assert "tokenizer has 650 tokens, the model 600" in result.stdout
+
+
+def test_documents_that_would_leak_are_refused_before_the_model_is_loaded(train, tiny_model, tmp_path):
+    """A configuration is enough to know that recurrent layers carry one row into the next."""
+    model = tmp_path / "recurrent"
+    shutil.copytree(tiny_model, model)
+    FalconMambaConfig(vocab_size=600, hidden_size=16, num_hidden_layers=1).save_pretrained(model)
+    result = train("--model_name_or_path", model, "--batching", "packed", expect=2)
+    assert "--batching packed: FalconMamba has recurrent layers" in result.stdout
+    assert "use --batching padded" in result.stdout
 
 
 def test_dry_run_shows_the_data_and_loads_no_model(train, tmp_path):

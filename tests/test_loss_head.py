@@ -299,7 +299,6 @@ def test_plain_tokens_are_learnt_at_alpha_1(make_trainer):
         ({"dft_alpha_warmup_ratio": 1.5}, "dft_alpha_warmup_ratio"),
         ({"loss_normalization": "row"}, "loss_normalization"),
         ({"loss_chunk_mb": 0.0}, "loss_chunk_mb"),
-        ({"fused_loss": "on", "torch_compile": True}, "fused_loss is on, but torch_compile"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(make_trainer, settings, message):

@@ -84,10 +84,17 @@ def test_rows_without_borders_are_documents():
         torch.testing.assert_close(row.transpose(0, 1), reference(expected, expected, expected, 8**-0.5, None))
 
 
+def test_positions_that_start_anew_are_documents():
+    q = torch.randn(2, 2, 6, 8)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 0]])
+    out, _ = varlen.varlen_attention(SimpleNamespace(), q, q, q, None, position_ids=positions)
+    for row, states, lengths in zip(out, q, ([3, 3], [5, 1]), strict=True):
+        expected = torch.cat([reference(s, s, s, 8**-0.5, None) for s in states.split(lengths, dim=1)], dim=1)
+        torch.testing.assert_close(row.transpose(0, 1), expected)
+
+
 def test_what_it_would_get_wrong_is_refused():
     q = torch.randn(1, 2, 6, 8)
-    with pytest.raises(ValueError, match="cu_seq_lens_q is not given"):
-        varlen.varlen_attention(SimpleNamespace(), q, q, q, None, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]))
     for name in ("softcap", "s_aux", "position_bias"):
         with pytest.raises(ValueError, match=name):
             varlen.varlen_attention(SimpleNamespace(), q, q, q, None, **{name: 30.0})
@@ -228,6 +235,7 @@ def test_checkpointing_of_activations_changes_nothing(name):
         ("Llama4TextConfig", {}, "chunked_attention"),
         ("Qwen3NextConfig", {}, "linear_attention"),
         ("FalconMambaConfig", {}, "linear_attention"),
+        ("PhimoeConfig", {}, "in its masks"),
     ],
 )
 def test_models_that_need_another_attention(name, settings, reason):
