@@ -34,7 +34,12 @@ def choose_attention(wanted: str, config: PretrainedConfig, is_16_bit: bool, str
     register()
     reason = why_not(model_class_of(config), config.get_text_config())
     # the kernels need an Ampere GPU or a newer one
-    can_flash = is_16_bit and is_flash_attn_2_available() and torch.cuda.get_device_capability() >= (8, 0)
+    can_flash = (
+        is_16_bit
+        and is_flash_attn_2_available()
+        and torch.cuda.get_device_capability() >= (8, 0)
+        and getattr(model_class_of(config), "_supports_flash_attn", True)
+    )
     if wanted == VARLEN and reason is not None:
         raise UserError(f"--attn_implementation varlen: {reason}; leave it at auto")
     if wanted not in ("auto", FLASH):
@@ -43,7 +48,8 @@ def choose_attention(wanted: str, config: PretrainedConfig, is_16_bit: bool, str
         return FLASH
     chosen = VARLEN if reason is None else "sdpa"
     if wanted == FLASH:
-        problem = f"{FLASH} needs an NVIDIA GPU (Ampere or newer), the flash-attn package and 16-bit training"
+        needs = "an NVIDIA GPU (Ampere or newer), the flash-attn package, 16-bit training and a model that knows it"
+        problem = f"{FLASH} needs {needs}"
         if strict:
             raise UserError(f"{problem}; drop --attn_strict to use {chosen}")
         logger.warning("%s: using %s", problem, chosen)
@@ -67,4 +73,4 @@ def documents_leak(config: PretrainedConfig) -> str | None:
 
 def grows_with_square(config: PretrainedConfig, attention: str) -> bool:
     """Whether documents in one row cost memory and time for every pair of their tokens."""
-    return attention not in (FLASH, VARLEN) or model_class_of(config) is None
+    return (attention != VARLEN and "flash" not in attention) or model_class_of(config) is None

@@ -5,6 +5,8 @@ torch's scaled_dot_product_attention goes from document to document. No mask is 
 tokens and not with their square. Registered with transformers under the name "varlen".
 """
 
+import inspect
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -48,6 +50,16 @@ def why_not(model_class: type[PreTrainedModel] | None, config: PretrainedConfig)
     return None
 
 
+@lru_cache
+def has_kernel() -> bool:
+    """Whether this PyTorch has the kernels, for grouped heads and sliding windows (2.13 has)."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return {"scale", "window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
+
+
 def kernel_takes(dtype: torch.dtype, device: torch.device, head_dim: int, dropout: float = 0.0) -> bool:
     """Whether the kernels inside PyTorch run for this: a GPU of at least Ampere, 16 bits, head_dim up to 256."""
     return (
@@ -57,6 +69,7 @@ def kernel_takes(dtype: torch.dtype, device: torch.device, head_dim: int, dropou
         and dtype in (torch.bfloat16, torch.float16)
         and head_dim <= KERNEL_HEAD_DIM
         and dropout == 0.0
+        and has_kernel()
     )
 
 
@@ -105,12 +118,16 @@ def varlen_attention(
             raise ValueError(f"varlen attention doesn't know {name}: use --attn_implementation eager")
     if attention_mask is not None or query.shape[2] != key.shape[2]:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    # norms and rotary embeddings may have left queries and keys in 32 bits where the model computes in 16
+    device_type = query.device.type
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else value.dtype
+    query, key, value = (x.to(dtype) for x in (query, key, value))
     batch, _, length, _ = query.shape
     if cu_seq_lens_q is None:
         cu_seq_lens_q, max_length_q = _borders(batch, length, position_ids, query.device)
     # [B, heads, T, D] -> [B·T, heads, D]
     flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
-    if kernel_takes(query.dtype, query.device, max(query.shape[-1], value.shape[-1]), dropout):
+    if kernel_takes(dtype, query.device, max(query.shape[-1], value.shape[-1]), dropout):
         out = _by_kernel(*flat, cu_seq_lens_q, max_length_q, scaling, sliding_window)
     else:
         out = _by_document(*flat, cu_seq_lens_q, scaling, sliding_window, dropout)

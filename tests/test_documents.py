@@ -11,7 +11,7 @@ from conftest import ROOT, read_log, run
 from command_line import known_options
 
 READMES = ["README.md", "README.zh.md"]
-OTHERS = ["CONTRIBUTING.md", "docs/data.md", "ds_config/README.md"]
+OTHERS = ["CONTRIBUTING.md", "docs/batches.md", "docs/data.md", "docs/loss.md", "ds_config/README.md"]
 MADE_BY_A_RUN = {  # named in the documents, made when the program runs
     "data_report.json", "rejected.jsonl", "training_curves.png", "train_log.jsonl", "all_results.json",
     "trainer_state.json", "training_args.json", "train_distributed.log", "my_run.yaml", "more.json", "train.jsonl",

@@ -78,14 +78,14 @@ def test_each_document_alone(monkeypatch, path, window, heads, key_heads, dim, v
 
 
 def test_rows_without_borders_are_documents():
-    q = torch.randn(3, 2, 5, 8)
+    q = torch.randn(3, 2, 5, 8, dtype=torch.float64)
     out, _ = varlen.varlen_attention(SimpleNamespace(), q, q, q, None)
     for row, expected in zip(out, q, strict=True):
         torch.testing.assert_close(row.transpose(0, 1), reference(expected, expected, expected, 8**-0.5, None))
 
 
 def test_positions_that_start_anew_are_documents():
-    q = torch.randn(2, 2, 6, 8)
+    q = torch.randn(2, 2, 6, 8, dtype=torch.float64)
     positions = torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 0]])
     out, _ = varlen.varlen_attention(SimpleNamespace(), q, q, q, None, position_ids=positions)
     for row, states, lengths in zip(out, q, ([3, 3], [5, 1]), strict=True):
@@ -100,6 +100,20 @@ def test_what_it_would_get_wrong_is_refused():
             varlen.varlen_attention(SimpleNamespace(), q, q, q, None, **{name: 30.0})
 
 
+def test_the_kernel_gets_16_bits_where_the_model_computes_in_16(monkeypatch):
+    """Under autocast the norms of Qwen3 give 32-bit queries and keys beside 16-bit values."""
+    seen = []
+    monkeypatch.setattr(varlen, "kernel_takes", lambda dtype, *_: seen.append(dtype) or dtype == torch.bfloat16)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel_of_torch)
+    model = make("Qwen3Config", "varlen")
+    batch = without_labels(FlatteningCollator()(documents_of(LENGTHS)))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**batch).logits.float().sum().backward()
+    assert seen == [torch.bfloat16] * 2
+    model(**batch)
+    assert seen[2:] == [torch.float32] * 2
+
+
 def test_where_the_kernels_run(monkeypatch):
     cuda = torch.device("cuda", 0)
     monkeypatch.setattr(torch.version, "hip", None)
@@ -112,6 +126,14 @@ def test_where_the_kernels_run(monkeypatch):
     assert not varlen.kernel_takes(torch.bfloat16, cuda, 264)
     assert not varlen.kernel_takes(torch.bfloat16, cuda, 128, dropout=0.1)
     assert not varlen.kernel_takes(torch.bfloat16, torch.device("cpu"), 128)
+    monkeypatch.setattr(varlen, "has_kernel", lambda: False)
+    assert not varlen.kernel_takes(torch.bfloat16, cuda, 128)
+
+
+def test_an_older_torch_has_no_kernel(monkeypatch):
+    assert varlen.has_kernel()
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda query, key, value, is_causal: query)
+    assert not varlen.has_kernel.__wrapped__()
 
 
 # ---- models -------------------------------------------------------------------------------------
