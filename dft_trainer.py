@@ -10,11 +10,11 @@ import torch
 from accelerate.utils import DynamoBackend
 from accelerate.utils.other import is_repeated_blocks
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from dft_loss import Normalization, TokenWeight, count_terms, dft_loss_sum, token_scales
 from dist_logger import get_logger
-from epoch_order import EpochOrder, FilledRows, token_lengths
+from epoch_order import EpochOrder, FilledRows, TellEpoch, token_lengths
 from finite_check import FiniteCheck
 from fused_loss import CHUNK_MB
 from leak_check import assert_apart, needs_check
@@ -25,18 +25,6 @@ from throughput import peak_tflops as known_peak_tflops
 from token_sums import TokenSums, averages, document_lengths
 
 logger = get_logger(__name__)
-
-
-class TellEpoch(TrainerCallback):
-    """Tells a trainer's EpochOrder the epoch. The loader that Trainer resumes with on several ranks doesn't."""
-
-    def __init__(self, order_of: Callable[[], EpochOrder | None]):
-        self._order_of = order_of
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        order = self._order_of()
-        if order is not None:
-            order.set_epoch(int(state.epoch))
 
 
 class DFTTrainer(Trainer):

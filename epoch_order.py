@@ -1,11 +1,12 @@
 """Which row comes when: every row once in an epoch, the same on any number of ranks and after a resume."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
+from transformers import TrainerCallback
 
 from batching import documents
 from dft_loss import IGNORE_INDEX
@@ -98,6 +99,18 @@ class EpochOrder(Sampler[int]):
             rest = [whole.pop()] if len(whole[-1]) < self.rows_per_step else []
             steps += [whole[i] for i in torch.randperm(len(whole), generator=generator)] + rest
         return torch.cat(steps)
+
+
+class TellEpoch(TrainerCallback):
+    """Tells a trainer's EpochOrder the epoch. The loader that Trainer resumes with on several ranks doesn't."""
+
+    def __init__(self, order_of: Callable[[], EpochOrder | None]):
+        self._order_of = order_of
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        order = self._order_of()
+        if order is not None:
+            order.set_epoch(int(state.epoch))
 
 
 def token_lengths(rows: Dataset) -> np.ndarray:

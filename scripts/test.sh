@@ -4,4 +4,5 @@
 set -euo pipefail
 here="$(dirname "${BASH_SOURCE[0]}")"
 REQUIREMENTS=requirements-dev.txt source "$here/setup.sh"
-exec python -m pytest "$@"
+# two at a time, those of a file together: most of the time goes into starting programs
+exec python -m pytest -n 2 --dist loadfile "$@"

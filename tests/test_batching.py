@@ -246,6 +246,38 @@ def test_resumed_in_the_middle_of_an_epoch(make_trainer, tokenizer, tmp_path, ba
 # ---- throughput ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("batching", ["padded", "padding_free", "packed"])
+def test_micro_batches_in_tokens_and_what_the_log_says_of_them(make_trainer, tokenizer, batching):
+    data, capacity = all_supervised(37), 96
+    lengths = token_lengths(data)
+    plan = BatchPlan(batching, 64, capacity, rows_per_batch=1, batches_per_step=1, seed=0)
+    trainer = make_trainer(
+        per_device_train_batch_size=1, num_train_epochs=1, max_steps=-1, logging_steps=1000, peak_tflops=0.5
+    )
+    trainer.train_dataset = plan.training_rows(data, lengths)
+    collate, batches = plan.collator(tokenizer), []
+    trainer.data_collator = lambda rows: batches.append(collate(rows)) or batches[-1]
+    trainer.args.logging_steps = trainer.state.logging_steps = len(trainer.train_dataset)
+    trainer.train()
+    positions = [batch["input_ids"].numel() for batch in batches]
+    assert max(positions) <= capacity
+    assert max(positions) > 64  # more than one row each
+    record = next(r for r in trainer.state.log_history if "mfu" in r)
+    assert record["padding_share"] == pytest.approx(1 - lengths.sum() / sum(positions))
+    flops = ModelFlops(trainer.model)(lengths.sum(), (lengths - 1).sum(), np.square(lengths).sum())
+    assert record["mfu"] == pytest.approx(flops / lengths.sum() * record["tokens_per_second"] / 0.5e12)
+    supervised = record["supervised_tokens_per_second"] / record["tokens_per_second"]
+    assert supervised == pytest.approx((lengths - 1).sum() / lengths.sum())
+
+
+def test_no_share_of_a_peak_that_is_not_known(make_trainer):
+    trainer = make_trainer()
+    trainer.train()
+    records = [r for r in trainer.state.log_history if "padding_share" in r]
+    assert records
+    assert not any("mfu" in r for r in records)
+
+
 def test_operations_of_a_model_are_those_of_its_products():
     """torch's own counter over forward and backward, without attention, which it counts half."""
     from torch.utils.flop_counter import FlopCounterMode
