@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from accelerate.utils import DynamoBackend
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import is_liger_kernel_available
@@ -221,7 +222,7 @@ class DFTTrainingArguments(TrainingArguments):
     _argument_group_name = "training"
 
     per_device_train_batch_size: int | None = option(
-        "Rows of a micro-batch, on each GPU; 8 unless --max_tokens_per_batch is given."
+        "Rows of a micro-batch, on each GPU; by default 8, or 1 packed row. Not with --max_tokens_per_batch."
     )
     batching: Literal["padded", "padding_free", "packed"] | None = option(
         "padded: rows filled up to the longest of a micro-batch. padding_free: rows one after the other, none seeing "
@@ -284,6 +285,10 @@ class DFTTrainingArguments(TrainingArguments):
                 raise UserError("--accelerator_config can't be combined with DeepSpeed on CPU: drop it")
             self.accelerator_config = configured or self.accelerator_config
         super().__post_init__()
+        if self.accelerator_config.dispatch_batches or self.accelerator_config.split_batches:
+            raise UserError(
+                "--accelerator_config: dispatch_batches and split_batches take all batches to be of one size"
+            )
         if self.n_gpu > 1:
             logger.warning(
                 "%d GPUs are visible but one process was started: it uses the first. Start one process per GPU "
@@ -335,7 +340,9 @@ class DFTTrainingArguments(TrainingArguments):
                 "how they fill a batch: drop one"
             )
         if self.per_device_train_batch_size is None:
-            self.per_device_train_batch_size = 8 if self.max_tokens_per_batch is None else 1
+            self.per_device_train_batch_size = 8 if rows_have_lengths else 1
+        if self.auto_find_batch_size and self.max_tokens_per_batch is not None:
+            raise UserError("--auto_find_batch_size lowers rows, --max_tokens_per_batch counts tokens: drop one")
 
     def _check_liger(self) -> None:
         """Liger's kernels for the layers, without its losses."""
@@ -351,6 +358,13 @@ class DFTTrainingArguments(TrainingArguments):
 
     def _check_ranges(self) -> None:
         """What transformers finds out late, or not at all."""
+        for name in ("seed", "data_seed"):
+            if not 0 <= (getattr(self, name) or 0) < 2**32:
+                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 0 and below 2**32")
+        backend = self.torch_compile_backend
+        if backend is not None and backend.upper() not in DynamoBackend.__members__:
+            known = ", ".join(name.lower() for name in DynamoBackend.__members__)
+            raise UserError(f"--torch_compile_backend is {backend}; it must be one of {known}")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")

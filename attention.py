@@ -5,7 +5,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrain
 from transformers.utils import is_flash_attn_2_available
 
 from dist_logger import UserError, get_logger
-from varlen_attention import VARLEN, register, why_not
+from varlen_attention import KERNEL_HEAD_DIM, VARLEN, kernel_takes, register, why_not
 
 logger = get_logger(__name__)
 
@@ -24,7 +24,7 @@ def choose_attention(wanted: str, config: PretrainedConfig, is_16_bit: bool, str
 
     Args:
         wanted: auto, or a name that transformers knows. auto is flash_attention_2 where it can run, else varlen
-            where the model can use it, else sdpa.
+            where the model can use it and is not slowed down by it, else sdpa.
         is_16_bit: whether attention is computed in 16 bits.
         strict: don't replace what is wanted.
 
@@ -32,30 +32,53 @@ def choose_attention(wanted: str, config: PretrainedConfig, is_16_bit: bool, str
         UserError: varlen is wanted for a model that can't use it, or flash_attention_2 can't run and strict is set.
     """
     register()
-    reason = why_not(model_class_of(config), config.get_text_config())
-    # the kernels need an Ampere GPU or a newer one
-    can_flash = (
-        is_16_bit
-        and is_flash_attn_2_available()
+    cannot, slow = why_not(model_class_of(config), config.get_text_config()), why_slow(config, is_16_bit)
+    if wanted == VARLEN:
+        if cannot is not None:
+            raise UserError(f"--attn_implementation varlen: {cannot}; leave it at auto")
+        if slow is not None:
+            logger.warning("--attn_implementation varlen goes from document to document: %s", slow)
+    if wanted not in ("auto", FLASH):
+        return wanted
+    if is_16_bit and can_flash(config):
+        return FLASH
+    chosen = VARLEN if cannot is None and slow is None else "sdpa"
+    if wanted == FLASH:
+        needs = "an NVIDIA GPU (Ampere or newer), the flash-attn package, 16-bit training and a model that knows it"
+        if strict:
+            raise UserError(f"{FLASH} needs {needs}; drop --attn_strict to use {chosen}")
+        logger.warning("%s needs %s: using %s", FLASH, needs, chosen)
+    if chosen == "sdpa":
+        logger.info("Attention: sdpa, because %s", cannot or slow)
+    return chosen
+
+
+def can_flash(config: PretrainedConfig) -> bool:
+    """Whether flash_attention_2 is there, for this machine's GPU and this model."""
+    return (
+        is_flash_attn_2_available()
         and torch.cuda.get_device_capability() >= (8, 0)
         and getattr(model_class_of(config), "_supports_flash_attn", True)
     )
-    if wanted == VARLEN and reason is not None:
-        raise UserError(f"--attn_implementation varlen: {reason}; leave it at auto")
-    if wanted not in ("auto", FLASH):
-        return wanted
-    if can_flash:
-        return FLASH
-    chosen = VARLEN if reason is None else "sdpa"
-    if wanted == FLASH:
-        needs = "an NVIDIA GPU (Ampere or newer), the flash-attn package, 16-bit training and a model that knows it"
-        problem = f"{FLASH} needs {needs}"
-        if strict:
-            raise UserError(f"{problem}; drop --attn_strict to use {chosen}")
-        logger.warning("%s: using %s", problem, chosen)
-    if reason is not None:
-        logger.info("Attention: sdpa, because %s", reason)
-    return chosen
+
+
+def why_slow(config: PretrainedConfig, is_16_bit: bool) -> str | None:
+    """Why varlen would go from document to document on this machine's GPU, in words; None if not, or without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    text = config.get_text_config()
+    try:
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        dropout = getattr(text, "attention_dropout", 0.0) or 0.0
+    except (AttributeError, RuntimeError) as error:  # RuntimeError: it differs by layer
+        return f"the size of its heads is not known ({error})"
+    dtype = torch.bfloat16 if is_16_bit else torch.float32
+    if kernel_takes(dtype, torch.device("cuda", torch.cuda.current_device()), head_dim, dropout):
+        return None
+    return (
+        "PyTorch's FlashAttention needs torch 2.13, an NVIDIA GPU (Ampere or newer), 16-bit training, heads of up to "
+        f"{KERNEL_HEAD_DIM} dimensions and no dropout in attention"
+    )
 
 
 def documents_leak(config: PretrainedConfig) -> str | None:
@@ -66,6 +89,8 @@ def documents_leak(config: PretrainedConfig) -> str | None:
         kind == "linear_attention" or not kind.endswith("_attention") for kind in kinds
     ):
         return f"{type(config).__name__[:-6]} has recurrent layers, which carry one document into the next"
+    if getattr(config, "type_vocab_size", None) is not None:
+        return f"{type(config).__name__[:-6]} is an encoder"
     if model_class is not None and not model_class._supports_attention_backend:
         return f"{model_class.__name__} computes attention in a way of its own"
     return None

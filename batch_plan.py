@@ -110,8 +110,9 @@ class BatchPlan:
         bins = self.bins(lengths)
         if bins is None:
             step = self.rows_per_batch * self.batches_per_step
+            strategy = "random" if self.strategy == "batch_rebalance" else self.strategy
             order = EpochOrder(
-                len(lengths), len(lengths), seed=self.seed, strategy=self.strategy, lengths=lengths, rows_per_step=step
+                len(lengths), len(lengths), seed=self.seed, strategy=strategy, lengths=lengths, rows_per_step=step
             )
             bins = np.empty(len(lengths), dtype=np.int64)
             bins[list(order)] = np.arange(len(lengths)) // self.rows_per_batch

@@ -82,3 +82,28 @@ def border_arguments(lengths: list[int]) -> dict[str, Any]:
         "max_length_q": max(lengths),
         "max_length_k": max(lengths),
     }
+
+
+def document_lengths(inputs: dict[str, Any]) -> torch.Tensor:
+    """The tokens of each document of a batch, [documents]: from its borders, its attention mask or its positions."""
+    if "cu_seq_lens_q" in inputs:
+        return inputs["cu_seq_lens_q"].diff()
+    if inputs.get("attention_mask") is not None:
+        return inputs["attention_mask"].sum(1)
+    rows, length = inputs["input_ids"].shape
+    return borders_of_positions(inputs.get("position_ids"), rows, length, inputs["input_ids"].device).diff()
+
+
+def borders_of_positions(
+    position_ids: torch.Tensor | None, rows: int, length: int, device: torch.device
+) -> torch.Tensor:
+    """Where documents begin in rows [B, T] put one after the other, and the end: int32 [documents + 1].
+
+    A document begins where positions don't go on, or with a row. Waits for the device.
+    """
+    begins = torch.zeros(rows, length, dtype=torch.bool, device=device)
+    begins[:, 0] = True
+    if position_ids is not None:
+        begins[:, 1:] |= position_ids.diff() != 1
+    end = torch.tensor([rows * length], device=device)
+    return torch.cat([begins.flatten().nonzero().flatten(), end]).int()

@@ -156,7 +156,7 @@ def resolve_evaluation(values: dict[str, Any], data: DataArguments) -> dict[str,
 def check_room(training: DFTTrainingArguments, data: DataArguments) -> None:
     """Stops where the longest row wouldn't fit into a micro-batch."""
     room = training.max_tokens_per_batch
-    longest = round_up(data.max_length)
+    longest = data.max_length if training.batching in ("padding_free", "packed") else round_up(data.max_length)
     if room is not None and room < longest:
         raise UserError(
             f"--max_tokens_per_batch is {room}, but a row may have {longest} tokens: raise it, or lower --max_length"

@@ -9,9 +9,10 @@ from typing import Literal
 import torch
 from accelerate.utils import DynamoBackend
 from accelerate.utils.other import is_repeated_blocks
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, IterableDataset, Sampler
 from transformers import Trainer, TrainingArguments
 
+from batching import document_lengths
 from dft_loss import Normalization, TokenWeight, count_terms, dft_loss_sum, token_scales
 from dist_logger import get_logger
 from epoch_order import EpochOrder, FilledRows, TellEpoch, token_lengths
@@ -20,9 +21,9 @@ from fused_loss import CHUNK_MB
 from leak_check import assert_apart, needs_check
 from loss_head import LossHead, UnsupportedHead
 from packing import DOCUMENTS
-from throughput import ModelFlops, peak_memory_gib
+from throughput import model_flops, peak_memory_gib
 from throughput import peak_tflops as known_peak_tflops
-from token_sums import TokenSums, averages, document_lengths
+from token_sums import TokenSums, averages
 
 logger = get_logger(__name__)
 
@@ -114,8 +115,8 @@ class DFTTrainer(Trainer):
         self._finite_check = FiniteCheck(self.train_dataset, source_of_row)
         self._row_lengths = row_lengths
         self._may_leak = True  # until documents of one row are seen to be apart
-        self._flops = ModelFlops(self.model)
         self._peak_tflops = peak_tflops if peak_tflops is not None else known_peak_tflops(self.args.device)
+        self._flops = None if self._peak_tflops is None else model_flops(self.model)
         self.log_metrics_steps = log_metrics_steps
         # the count of supervised tokens is taken in get_batch_samples, whatever the model's signature
         self.model_accepts_loss_kwargs = False
@@ -136,9 +137,8 @@ class DFTTrainer(Trainer):
 
         They are compiled in place, where accelerate would compile the whole or put copies in their place.
         """
-        plugin = self.accelerator.state.dynamo_plugin
-        options = plugin.to_kwargs()
-        plugin.backend = DynamoBackend.NO
+        self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
+        options = {"backend": self.args.torch_compile_backend, "mode": self.args.torch_compile_mode}
         stacks = [module for module in self.model.modules() if is_repeated_blocks(module)]
         if not stacks:
             raise ValueError(f"torch_compile: {type(self.model).__name__} has no stack of layers to compile")
@@ -213,10 +213,9 @@ class DFTTrainer(Trainer):
         loss_weights = inputs.pop("loss_weights", None)
         inputs.pop("skip_logits", None)  # Trainer asks Liger models to skip them in evaluation
         weight = self.token_weight
-        if self._may_leak and model.training and needs_check(inputs):
+        if self._may_leak and needs_check(inputs):
             with self.compute_loss_context_manager():
-                assert_apart(model, inputs, self.model.config.get_text_config().vocab_size)
-            self._may_leak = False
+                self._may_leak = not assert_apart(model, inputs, self.model.config.get_text_config().vocab_size)
         if model.training:
             weight = replace(weight, alpha=self.alpha_at(self.state.global_step))
         scales = token_scales(labels, loss_weights, self.loss_normalization)
@@ -301,16 +300,16 @@ class DFTTrainer(Trainer):
         logs["supervised_tokens_per_second"] = sums[TokenSums.SUPERVISED] / seconds
         logs["padding_share"] = 1.0 - sums[TokenSums.TOKENS] / max(sums[TokenSums.POSITIONS], 1.0)
         logs["memory_gib"] = peak_memory_gib(self.args.device)
-        if self._peak_tflops is not None:
+        if self._flops is not None:
             done = self._flops(*(sums[i] for i in (TokenSums.TOKENS, TokenSums.SUPERVISED, TokenSums.PAIRS)))
             logs["mfu"] = done / (seconds * self._peak_tflops * 1e12 * self.args.world_size)
 
     # ---- rows -----------------------------------------------------------------------------------
 
     def _get_dataloader(self, dataset, description, batch_size, *args, **kwargs):
-        """Trainer's; training and evaluation sets are filled up so that no row is repeated on any number of ranks."""
+        """Trainer's; training and evaluation sets are filled up so that no rank repeats a row to keep up."""
         fills = description == "Evaluation" or (description == "Training" and not self.args.dataloader_drop_last)
-        if fills and hasattr(dataset, "__len__"):
+        if fills and self.args.world_size > 1 and FilledRows.can_fill(dataset):
             dataset = FilledRows(dataset, batch_size * self.args.world_size)
         return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
 
@@ -318,7 +317,8 @@ class DFTTrainer(Trainer):
         """The order of the training rows, see EpochOrder."""
         dataset = self.train_dataset if train_dataset is None else train_dataset
         strategy = self.args.train_sampling_strategy
-        if strategy == "batch_rebalance" or dataset is None or not hasattr(dataset, "__len__"):
+        is_sized = hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
+        if strategy == "batch_rebalance" or not is_sized:
             return super()._get_train_sampler(train_dataset)
         rows = dataset.rows if isinstance(dataset, FilledRows) else dataset
         lengths = None
@@ -335,6 +335,13 @@ class DFTTrainer(Trainer):
         )
         self._order = order
         return order
+
+    def _save_checkpoint(self, model, trial):
+        """Trainer's; the training throughput doesn't pay for it."""
+        start = time.perf_counter()
+        super()._save_checkpoint(model, trial)
+        if self._clock is not None:
+            self._clock += time.perf_counter() - start
 
     # ---- evaluation -----------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, IterableDataset, Sampler
 from transformers import TrainerCallback
 
 from batching import documents
@@ -18,6 +18,13 @@ class FilledRows(Dataset):
     A distributed sampler evens out the ranks by repeating rows, which would count them twice. Rows
     that supervise nothing add nothing to any sum.
     """
+
+    @staticmethod
+    def can_fill(rows: Any) -> bool:
+        """Whether rows are of a kind whose fillers supervise nothing: with input_ids and labels."""
+        if isinstance(rows, IterableDataset) or not hasattr(rows, "__len__") or len(rows) == 0:
+            return False
+        return {"input_ids", "labels"} <= set(documents([rows[0]])[0])
 
     def __init__(self, rows: Dataset, multiple: int):
         self.rows = rows
@@ -66,6 +73,10 @@ class EpochOrder(Sampler[int]):
         lengths: np.ndarray | None = None,
         rows_per_step: int = 1,
     ):
+        if strategy not in ("random", "sequential", "group_by_length"):
+            raise ValueError(f"strategy must be random, sequential or group_by_length, got {strategy!r}")
+        if lengths is not None and len(lengths) != num_rows:
+            raise ValueError(f"{len(lengths)} lengths are given for {num_rows} rows")
         self.num_rows = num_rows
         self.total = total
         self.seed = seed

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from batching import document_lengths
 from packing import PackedRows
 
 MAX_NAMED = 20  # rows
@@ -66,10 +67,9 @@ class FiniteCheck:
 def _rows(inputs: dict[str, Tensor]) -> list[list[int]]:
     """The tokens of each row of a batch, without padding."""
     input_ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-    if "cu_seq_lens_q" in inputs:
-        return [ids.tolist() for ids in input_ids[0].split(inputs["cu_seq_lens_q"].diff().tolist())]
-    masks = torch.ones_like(input_ids) if mask is None else mask
-    return [row[kept.bool()].tolist() for row, kept in zip(input_ids, masks, strict=True)]
+    if mask is not None:
+        return [row[kept.bool()].tolist() for row, kept in zip(input_ids, mask, strict=True)]
+    return [ids.tolist() for ids in input_ids.flatten().split(document_lengths(inputs).tolist())]
 
 
 def _is_distributed() -> bool:

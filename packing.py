@@ -20,7 +20,7 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int, seed: int = 0) -> np
         lengths: tokens of each row, [N], from 1 to `capacity`.
 
     Returns:
-        int64 [N], from 0 without gaps.
+        int64 [N], from 0 without gaps, in the order of their first rows.
 
     Raises:
         ValueError: a row that no bin holds.
@@ -48,7 +48,7 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int, seed: int = 0) -> np
         else:
             bins_with[left] = [chosen]
             insort(rooms, left)
-    return bin_of
+    return _numbered(bin_of)
 
 
 def next_fit(lengths: np.ndarray, capacity: int, seed: int = 0) -> np.ndarray:
@@ -80,7 +80,15 @@ def _fill(lengths: np.ndarray, order: np.ndarray, fits) -> np.ndarray:
             current, filled, count = current + 1, 0, 0
         bin_of[index] = current
         filled, count = filled + length, count + 1
-    return bin_of
+    return _numbered(bin_of)
+
+
+def _numbered(bin_of: np.ndarray) -> np.ndarray:
+    """Bins numbered by their first rows, so that in sequence they follow the order of the rows."""
+    _, first = np.unique(bin_of, return_index=True)
+    number = np.empty(len(first), dtype=np.int64)
+    number[np.argsort(first)] = np.arange(len(first))
+    return number[bin_of]
 
 
 def round_up(lengths: Any) -> Any:

@@ -1,7 +1,5 @@
 """Metrics as sums over tokens, ranks and micro-batches, divided when they are printed."""
 
-from typing import Any
-
 import torch
 
 from dft_loss import TokenStatistics
@@ -56,16 +54,6 @@ class TokenSums:
         total = accelerator.reduce(self.values, reduction="sum").tolist()
         self.values.zero_()
         return total
-
-
-def document_lengths(inputs: dict[str, Any]) -> torch.Tensor:
-    """The tokens of each document of a batch, [documents], from its borders or its attention mask."""
-    if "cu_seq_lens_q" in inputs:
-        return inputs["cu_seq_lens_q"].diff()
-    if inputs.get("attention_mask") is not None:
-        return inputs["attention_mask"].sum(1)
-    rows, length = inputs["input_ids"].shape
-    return torch.full((rows,), length)
 
 
 def averages(sums: list[float]) -> dict[str, float]:

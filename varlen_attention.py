@@ -16,8 +16,10 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward, use_gqa_in_sdpa
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from batching import borders_of_positions
+
 VARLEN = "varlen"
-OWN_MASKS = ("doge", "phimoe")  # model types
+OWN_MASKS = ("doge", "phimoe", "qwen2_moe")  # model types whose masks know windows that their attention doesn't
 KERNEL_HEAD_DIM = 256  # the most that the kernels take
 
 
@@ -40,7 +42,10 @@ def why_not(model_class: type[PreTrainedModel] | None, config: PretrainedConfig)
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds or getattr(model_class, "_is_stateful", False):
         return f"{name} has layers that are not causal attention ({', '.join(sorted(kinds)) or 'recurrent'})"
-    if config.model_type in OWN_MASKS:
+    if getattr(config, "type_vocab_size", None) is not None or getattr(config, "is_causal", True) is False:
+        return f"{name} is an encoder"
+    is_windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
+    if config.model_type in OWN_MASKS and is_windowed:
         return f"{name} says more in its masks than in its calls of attention"
     for option in ("attn_logit_softcapping", "attention_chunk_size"):
         if getattr(config, option, None):
@@ -96,9 +101,10 @@ def varlen_attention(
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
     position_ids: Tensor | None = None,
+    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each document; with a mask, or a cache, that of sdpa.
+    """Causal attention within each document; with a mask or a cache, or where it is not causal, that of sdpa.
 
     Args:
         query: [B, heads, T, D]; key and value [B, key heads, T, D]. D of value may be another.
@@ -111,20 +117,26 @@ def varlen_attention(
         [B, T, heads, D], and no attention weights.
 
     Raises:
-        ValueError: attention that is not plain causal attention.
+        ValueError: soft-capped scores, sinks, a bias, or documents where attention is not causal.
     """
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             raise ValueError(f"varlen attention doesn't know {name}: use --attn_implementation eager")
-    if attention_mask is not None or query.shape[2] != key.shape[2]:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if not is_causal and cu_seq_lens_q is not None:
+        raise ValueError("varlen attention knows documents only where each token sees those before it")
+    if attention_mask is not None or query.shape[2] != key.shape[2] or not is_causal:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
+        )
     # norms and rotary embeddings may have left queries and keys in 32 bits where the model computes in 16
     device_type = query.device.type
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else value.dtype
     query, key, value = (x.to(dtype) for x in (query, key, value))
     batch, _, length, _ = query.shape
     if cu_seq_lens_q is None:
-        cu_seq_lens_q, max_length_q = _borders(batch, length, position_ids, query.device)
+        cu_seq_lens_q = borders_of_positions(position_ids, batch, length, query.device)
+        max_length_q = int(cu_seq_lens_q.diff().max())
     # [B, heads, T, D] -> [B·T, heads, D]
     flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
     if kernel_takes(dtype, query.device, max(query.shape[-1], value.shape[-1]), dropout):
@@ -132,16 +144,6 @@ def varlen_attention(
     else:
         out = _by_document(*flat, cu_seq_lens_q, scaling, sliding_window, dropout)
     return out.unflatten(0, (batch, length)), None
-
-
-def _borders(batch: int, length: int, position_ids: Tensor | None, device: torch.device) -> tuple[Tensor, int]:
-    """Where documents begin in rows [B, T] put one after the other, int32 [documents + 1], and the longest."""
-    begins = torch.zeros(batch, length, dtype=torch.bool, device=device)
-    begins[:, 0] = True
-    if position_ids is not None:
-        begins[:, 1:] |= position_ids.diff() != 1
-    borders = torch.cat([begins.flatten().nonzero().flatten(), begins.new_tensor([begins.numel()], dtype=torch.int64)])
-    return borders.int(), int(borders.diff().max())
 
 
 def _by_kernel(

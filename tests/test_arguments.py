@@ -60,6 +60,10 @@ def test_batches_are_counted_in_rows_or_in_tokens():
     assert parse("--per_device_train_batch_size", 3)[-1].per_device_train_batch_size == 3
     args = parse("--max_tokens_per_batch", 8192)[-1]
     assert (args.per_device_train_batch_size, args.max_tokens_per_batch, args.batching) == (1, 8192, None)
+    assert parse("--batching", "packed")[-1].per_device_train_batch_size == 1
+    assert (
+        parse("--batching", "packed", "--max_tokens_per_batch", 99, "--max_length", 99)[-1].max_tokens_per_batch == 99
+    )
 
 
 def test_ligers_losses_are_off(monkeypatch):
@@ -155,6 +159,13 @@ WRONG = {
     "config file": (["--config", "no/such.yaml"], "--config no/such.yaml can't be read"),
     "fp16 on cpu": (["--fp16", "True"], "--fp16 needs a GPU"),
     "peak": (["--peak_tflops", "0"], "--peak_tflops is 0.0; it must be above 0"),
+    "seed": (["--data_seed", "-1"], "--data_seed is -1; it must be at least 0"),
+    "compiler": (["--torch_compile_backend", "indicator"], "--torch_compile_backend is indicator; it must be one of"),
+    "rows that are lowered": (
+        ["--max_tokens_per_batch", "9000", "--auto_find_batch_size", "True"],
+        "--auto_find_batch_size lowers rows",
+    ),
+    "split batches": (["--accelerator_config", '{"split_batches": true}'], "take all batches to be of one size"),
     "batching": (["--batching", "flat"], "invalid choice: 'flat'"),
     "no tokens in a batch": (["--max_tokens_per_batch", "0"], "--max_tokens_per_batch is 0; it must be at least 1"),
     "rows and tokens": (["--max_tokens_per_batch", "9000", "--per_device_train_batch_size", "2"], "give one"),

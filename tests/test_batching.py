@@ -5,19 +5,19 @@ import copy
 import numpy as np
 import pytest
 import torch
-from accelerate.data_loader import BatchSamplerShard
+from accelerate.data_loader import BatchSamplerShard, prepare_data_loader, skip_first_batches
 from conftest import rows
 from datasets import Dataset
-from torch.utils.data import BatchSampler
-from transformers import AutoModelForCausalLM, FalconMambaConfig
+from torch.utils.data import BatchSampler, DataLoader
+from transformers import AutoModelForCausalLM, FalconMambaConfig, GPT2Config, TrainerState
 
 from batch_plan import BatchPlan
 from batching import FlatteningCollator, PaddingCollator
-from epoch_order import EpochOrder, FilledRows, token_lengths
+from epoch_order import EpochOrder, FilledRows, TellEpoch, token_lengths
 from leak_check import LeakingDocuments
 from packing import PackedRows, best_fit_decreasing
 from scripts.make_tiny_model import make_model
-from throughput import PEAK_TFLOPS, ModelFlops
+from throughput import ModelFlops, peak_tflops_of
 from varlen_attention import register
 
 register()
@@ -167,6 +167,16 @@ def test_rows_of_a_loss_that_is_not_a_number_are_named(make_trainer):
         trainer.train()
 
 
+def test_batches_of_transformers_own_collator(make_trainer, tokenizer, padded):
+    """It gives positions and no borders."""
+    from transformers import DataCollatorWithFlattening
+
+    result = one_step(make_trainer, tokenizer, "padding_free", "varlen", collator=DataCollatorWithFlattening())
+    assert difference(result, padded) < 1e-5
+    per_token = result["train"]["mfu"] / result["train"]["tokens_per_second"]
+    assert per_token == pytest.approx(padded["train"]["mfu"] / padded["train"]["tokens_per_second"], rel=1e-6)
+
+
 def test_a_model_that_carries_one_document_into_the_next_is_refused(make_trainer):
     config = FalconMambaConfig(vocab_size=600, hidden_size=16, state_size=4, num_hidden_layers=1)
     model = AutoModelForCausalLM.from_config(config)
@@ -207,6 +217,26 @@ def test_steps_hold_the_same_rows_on_any_number_of_ranks(strategy, count):
         assert sum(map(len, steps[ranks])) == count
         assert set().union(*steps[ranks]) == set(range(count))
     assert steps[1] == steps[2] == steps[4]
+
+
+def test_the_epoch_reaches_the_order_where_a_resumed_run_skips_batches():
+    """accelerate's loader doesn't pass it on there, on several ranks."""
+    order = EpochOrder(40, 40, seed=0)
+    loader = DataLoader(list(range(40)), sampler=order, batch_size=4)
+    shard = prepare_data_loader(loader, num_processes=2, process_index=1)
+    shard.set_epoch(1)
+    whole = [batch.tolist() for batch in shard]
+    order.set_epoch(0)
+    rest = skip_first_batches(shard, 2)
+    rest.set_epoch(1)
+    TellEpoch(lambda: order).on_epoch_begin(None, TrainerState(epoch=1.4), None)
+    assert [batch.tolist() for batch in rest] == whole[2:]
+
+
+def test_lengths_of_other_rows_are_refused(make_trainer):
+    trainer = make_trainer(train_sampling_strategy="group_by_length", row_lengths=[1, 2, 3])
+    with pytest.raises(ValueError, match="3 lengths are given for 16 rows"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("batching", ["packed", "padded"])
@@ -313,7 +343,40 @@ def test_experts_count_as_often_as_a_token_visits_them():
     assert ModelFlops(model).per_token == 6 * (experts + attention + router)
 
 
-def test_a_gpu_is_found_by_its_most_specific_name():
-    names = list(PEAK_TFLOPS)
-    for i, name in enumerate(names):
-        assert not any(earlier in name for earlier in names[:i]), name
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989.0),
+        ("NVIDIA H200 NVL", 835.0),
+        ("NVIDIA H100 80GB HBM3", 989.0),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA A10G", 70.0),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA RTX 6000 Ada Generation", 364.2),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA RTX A4000", None),
+        ("Tesla T4", None),
+    ],
+)
+def test_peaks_of_gpus_by_the_names_that_cuda_gives_them(name, peak):
+    assert peak_tflops_of(name) == peak
+
+
+def test_tables_are_no_products():
+    """GPT-2's embedding of positions is looked up like that of tokens."""
+    model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=32))
+    products = sum(p.numel() for name, p in model.transformer.h.named_parameters() if p.ndim == 2)
+    assert ModelFlops(model).per_token == 6 * products
+    assert ModelFlops(model).per_supervised == 6 * 64 * 16
+
+
+def test_a_model_whose_operations_are_not_known_trains_without_mfu(make_trainer, monkeypatch):
+    def fail(_):
+        raise RuntimeError("head_dim differs by layer")
+
+    monkeypatch.setattr("throughput.ModelFlops", fail)
+    trainer = make_trainer(peak_tflops=1.0)
+    trainer.train()
+    assert not any("mfu" in r for r in trainer.state.log_history)

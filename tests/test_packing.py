@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from conftest import rows
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,6 +31,7 @@ def test_no_bin_holds_more_than_its_capacity(pack, lengths, capacity, seed):
     bins = pack(lengths, capacity, seed)
     held = np.bincount(bins, weights=lengths)
     assert held.min() > 0  # bins are numbered without gaps
+    assert np.array_equal(np.unique(bins, return_index=True)[1], sorted(np.unique(bins, return_index=True)[1]))
     assert held.max() <= capacity
     assert np.array_equal(bins, pack(lengths, capacity, seed))
     if pack is next_fit_padded:
@@ -132,6 +134,20 @@ def test_fillers_supervise_nothing_and_are_short(kind):
         filled[len(filled)]
 
 
+def test_what_can_not_be_filled_up():
+    assert FilledRows.can_fill(rows(3))
+    assert FilledRows.can_fill(PackedRows(rows(3), np.zeros(3, dtype=int)))
+    assert not FilledRows.can_fill(rows(3).to_iterable_dataset())
+    assert not FilledRows.can_fill(Dataset.from_list([{"text": "a"}]))
+    assert not FilledRows.can_fill(Dataset.from_list([{"input_ids": [1, 2]}]))
+    assert not FilledRows.can_fill([])
+
+
+def test_an_order_that_is_not_known():
+    with pytest.raises(ValueError, match="batch_rebalance"):
+        EpochOrder(3, 3, seed=0, strategy="batch_rebalance")
+
+
 # ---- the plan -----------------------------------------------------------------------------------
 
 
@@ -161,6 +177,8 @@ def test_the_plan_says_in_the_report_what_it_does(batching, max_tokens):
     expected = "group_by_length" if batching == "padded" and max_tokens is None else "random"
     assert chosen.strategy == expected
     assert plan("padded", strategy="sequential").strategy == "sequential"
+    rebalanced = plan(batching, max_tokens, strategy="batch_rebalance")
+    rebalanced.add_to_report(report, lengths, [lengths, lengths])
 
 
 def test_padding_waste():
@@ -179,6 +197,7 @@ def test_the_default_is_padding_free_where_attention_does_not_pay_for_it():
     assert choose_batching("packed", Qwen3Config(), "sdpa") == "packed"
     assert choose_batching(None, FalconMambaConfig(), "sdpa") == "padded"
     assert choose_batching("padded", FalconMambaConfig(), "sdpa") == "padded"
+    assert choose_batching(None, Qwen3Config(), "kernels-community/flash-attn2") == "padding_free"
     for wanted in ("packed", "padding_free"):
         with pytest.raises(UserError, match="recurrent"):
             choose_batching(wanted, FalconMambaConfig(), "sdpa")

@@ -84,6 +84,13 @@ def test_rows_without_borders_are_documents():
         torch.testing.assert_close(row.transpose(0, 1), reference(expected, expected, expected, 8**-0.5, None))
 
 
+def test_where_every_token_sees_all():
+    q = torch.randn(1, 2, 5, 8, dtype=torch.float64)
+    out, _ = varlen.varlen_attention(SimpleNamespace(is_causal=False), q, q, q, None)
+    weights = torch.softmax(q @ q.transpose(2, 3) * 8**-0.5, dim=-1)
+    torch.testing.assert_close(out, (weights @ q).transpose(1, 2))
+
+
 def test_positions_that_start_anew_are_documents():
     q = torch.randn(2, 2, 6, 8, dtype=torch.float64)
     positions = torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 0]])
@@ -95,6 +102,9 @@ def test_positions_that_start_anew_are_documents():
 
 def test_what_it_would_get_wrong_is_refused():
     q = torch.randn(1, 2, 6, 8)
+    documents = border_arguments([2, 4])
+    with pytest.raises(ValueError, match="those before it"):
+        varlen.varlen_attention(SimpleNamespace(is_causal=False), q, q, q, None, **documents)
     for name in ("softcap", "s_aux", "position_bias"):
         with pytest.raises(ValueError, match=name):
             varlen.varlen_attention(SimpleNamespace(), q, q, q, None, **{name: 30.0})
@@ -258,6 +268,8 @@ def test_checkpointing_of_activations_changes_nothing(name):
         ("Qwen3NextConfig", {}, "linear_attention"),
         ("FalconMambaConfig", {}, "linear_attention"),
         ("PhimoeConfig", {}, "in its masks"),
+        ("Qwen2MoeConfig", {"use_sliding_window": True, "max_window_layers": 2}, "in its masks"),
+        ("RobertaConfig", {"is_decoder": True}, "encoder"),
     ],
 )
 def test_models_that_need_another_attention(name, settings, reason):
@@ -279,6 +291,26 @@ def test_flash_attention_where_it_can_run(monkeypatch):
         choose_attention("flash_attention_2", config, is_16_bit=False, strict=True)
 
 
+@pytest.mark.parametrize(
+    ("capability", "is_16_bit", "settings", "expected"),
+    [
+        ((9, 0), True, {}, "varlen"),
+        ((9, 0), False, {}, "sdpa"),
+        ((7, 5), True, {}, "sdpa"),
+        ((9, 0), True, {"head_dim": 512}, "sdpa"),
+        ((9, 0), True, {"attention_dropout": 0.1}, "sdpa"),
+    ],
+)
+def test_on_a_gpu_varlen_is_chosen_where_its_kernels_run(monkeypatch, capability, is_16_bit, settings, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    config = transformers.Qwen3Config(**settings)
+    assert choose_attention("auto", config, is_16_bit=is_16_bit) == expected
+    assert choose_attention("varlen", config, is_16_bit=is_16_bit) == "varlen"
+    assert choose_attention("auto", transformers.Gemma4TextConfig(), is_16_bit=True) == "sdpa"
+
+
 def test_code_that_comes_with_the_model_is_not_trusted_to_pass_borders_on():
     config = transformers.Qwen3Config()
     config.auto_map = {"AutoModelForCausalLM": "modeling.Own"}
@@ -294,12 +326,20 @@ def test_recurrent_layers_leak():
 def test_the_check_finds_leaks():
     batch = without_labels(FlatteningCollator()(documents_of(LENGTHS)))
     model = make("Qwen3Config", "sdpa")
-    assert_apart(model, batch, 120)
+    assert assert_apart(model, batch, 120)
     assert model.training  # as it was
+    silent = make("Qwen3Config", "sdpa")
+    with torch.no_grad():
+        silent.model.norm.weight.zero_()
+    assert not assert_apart(silent, batch, 120)  # it can't be told
     # an attention mask of ones takes the place of the one that is made of the positions
     masked = {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
     with pytest.raises(LeakingDocuments, match="--batching padded"):
         assert_apart(model, masked, 120)
+    # whoever pads, or makes a mask of his own, has no documents to be kept apart
+    padding = {key: masked[key] for key in ("input_ids", "position_ids", "attention_mask")}
+    assert not needs_check(padding)
+    assert not needs_check(batch | {"attention_mask": torch.ones(1, 1, 25, 25)})
     without = {key: value for key, value in batch.items() if key != "position_ids"}
     with pytest.raises(LeakingDocuments):
         assert_apart(model, without, 120)
