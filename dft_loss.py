@@ -64,6 +64,7 @@ class TokenWeight:
 class TokenStatistics:
     """Per-token results of the model on N supervised tokens, each of shape [N]."""
 
+    targets: Tensor  # the correct tokens, int64
     nll: Tensor  # -log p of the correct token, float32
     p_correct: Tensor  # probability of the correct token, float32, detached
     is_top1: Tensor  # whether no other token is likelier, bool
@@ -120,7 +121,7 @@ def token_statistics(logits: Tensor, targets: Tensor) -> TokenStatistics:
     of_target = logits.gather(-1, targets[:, None]).squeeze(-1)  # [N]
     nll = torch.logsumexp(logits, dim=-1) - of_target
     with torch.no_grad():
-        return TokenStatistics(nll, torch.exp(-nll), of_target >= logits.amax(-1))
+        return TokenStatistics(targets, nll, torch.exp(-nll), of_target >= logits.amax(-1))
 
 
 def supervised_rows(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,9 +135,9 @@ def supervised_rows(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return values[supervised], targets[supervised]
 
 
-def weighted_sum(tokens: TokenStatistics, targets: Tensor, weight: TokenWeight, scales: Tensor | None) -> Tensor:
-    """sum of c * w * nll over tokens `targets` [N], a scalar; c is `scales` [N], or 1."""
-    losses = weight(tokens.p_correct, targets) * tokens.nll
+def weighted_sum(tokens: TokenStatistics, weight: TokenWeight, scales: Tensor | None) -> Tensor:
+    """sum of c * w * nll over tokens, a scalar; c is `scales` [N], or 1."""
+    losses = weight(tokens.p_correct, tokens.targets) * tokens.nll
     return (losses if scales is None else losses * scales).sum()
 
 
@@ -158,4 +159,4 @@ def dft_loss_sum(
     """
     rows, targets = supervised_rows(logits, labels)  # [N, V], [N]
     tokens = token_statistics(rows, targets)
-    return weighted_sum(tokens, targets, weight, scales), tokens
+    return weighted_sum(tokens, weight, scales), tokens

@@ -23,7 +23,7 @@ from loss_head import LossHead, UnsupportedHead
 from packing import DOCUMENTS
 from throughput import model_flops, peak_memory_gib
 from throughput import peak_tflops as known_peak_tflops
-from token_sums import TokenSums, averages
+from token_sums import UNLIKELY, TokenSums, averages, health
 
 logger = get_logger(__name__)
 
@@ -59,6 +59,8 @@ class DFTTrainer(Trainer):
         train/avg_p_correct  sum(p) / N
         train/dft_alpha      the alpha in force
         token_accuracy       share of supervised tokens whose arg-max is right
+        mean_weight          sum(w) / N
+        p_below_0.01, p_above_0.99   shares of supervised tokens
         tokens_per_second, supervised_tokens_per_second, memory_gib
         padding_share        of the positions that the model computed
         mfu                  share of the devices' peak, see throughput.ModelFlops; where the peak is known
@@ -169,6 +171,7 @@ class DFTTrainer(Trainer):
         self._train_sums = TokenSums(self.args.device)
         self._unshown = [0.0] * TokenSums.COUNT  # sums since the DFT metrics were last logged
         self._shown_step = 0  # when that was
+        self._has_warned = False  # that hardly anything is learnt
         self._clock: float | None = None  # when the last training record was written; None before the first step
 
     def train(self, *args, **kwargs):
@@ -224,7 +227,8 @@ class DFTTrainer(Trainer):
 
         num_terms = count_terms(labels, self.loss_normalization)
         sums = self._train_sums if model.training else self._eval_sums
-        sums.add(loss_sum, num_terms, tokens, document_lengths(inputs), labels.numel())
+        weights = weight(tokens.p_correct, tokens.targets)
+        sums.add(loss_sum, num_terms, tokens, weights, document_lengths(inputs), labels.numel())
 
         if num_items_in_batch is None:  # evaluation: the metrics come from the sums
             num_items_in_batch = num_terms
@@ -294,6 +298,8 @@ class DFTTrainer(Trainer):
             logs["train/avg_p_correct"] = shown["avg_p_correct"]
             logs["train/dft_alpha"] = self.alpha_at(self.state.global_step - 1)
             logs["token_accuracy"] = shown["acc"]
+            logs.update(health(self._unshown))
+            self._warn_if_hardly_anything_is_learnt()
             self._unshown = [0.0] * TokenSums.COUNT
             self._shown_step = self.state.global_step
         logs["tokens_per_second"] = sums[TokenSums.TOKENS] / seconds
@@ -303,6 +309,18 @@ class DFTTrainer(Trainer):
         if self._flops is not None:
             done = self._flops(*(sums[i] for i in (TokenSums.TOKENS, TokenSums.SUPERVISED, TokenSums.PAIRS)))
             logs["mfu"] = done / (seconds * self._peak_tflops * 1e12 * self.args.world_size)
+
+    def _warn_if_hardly_anything_is_learnt(self) -> None:
+        """Warns once if most tokens of a record have next to no weight, and so next to no gradient."""
+        share = self._unshown[TokenSums.WEIGHT_BELOW] / max(self._unshown[TokenSums.SUPERVISED], 1.0)
+        if share > 0.5 and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "%.0f%% of the supervised tokens have a DFT weight below %g: the model hardly expects them, so it "
+                "hardly learns them. Lower dft_alpha (0.7), set a dft_floor (0.1), let alpha rise "
+                "(dft_alpha_warmup_ratio), or train with dft_alpha 0 first",
+                *(100 * share, UNLIKELY),
+            )
 
     # ---- rows -----------------------------------------------------------------------------------
 

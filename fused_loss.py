@@ -82,7 +82,7 @@ def fused_dft_loss_sum(
         loss, nll, is_top1 = _FusedHead.apply(*args)
     else:
         loss, nll, is_top1, *_ = _fused(*args, needs=(False, False, False))
-    return loss, TokenStatistics(nll, torch.exp(-nll), is_top1)
+    return loss, TokenStatistics(targets, nll, torch.exp(-nll), is_top1)
 
 
 def chunked_dft_loss_sum(
@@ -109,7 +109,7 @@ def chunked_dft_loss_sum(
     def score(rows: Tensor, targets: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         logits = head(rows).float()
         tokens = token_statistics(logits if transform.is_identity else transform(logits), targets)
-        return weighted_sum(tokens, targets, weight, scales), tokens.nll.detach(), tokens.is_top1
+        return weighted_sum(tokens, weight, scales), tokens.nll.detach(), tokens.is_top1
 
     parts = []
     for start in range(0, max(len(rows), 1), chunk):
@@ -121,7 +121,7 @@ def chunked_dft_loss_sum(
             parts.append(score(*args))
     losses, nll, is_top1 = zip(*parts, strict=True)
     nll = torch.cat(nll)
-    return torch.stack(losses).sum(), TokenStatistics(nll, torch.exp(-nll), torch.cat(is_top1))
+    return torch.stack(losses).sum(), TokenStatistics(targets, nll, torch.exp(-nll), torch.cat(is_top1))
 
 
 def _rows_at_once(chunk_mb: float, vocab_size: int, num_rows: int) -> int:

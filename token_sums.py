@@ -4,13 +4,16 @@ import torch
 
 from dft_loss import TokenStatistics
 
+UNLIKELY, SURE = 0.01, 0.99  # p_correct, and w, that a token's learning can be told by
+
 
 class TokenSums:
     """Sums over supervised tokens, kept on the device and divided only when they are printed."""
 
     # order of the entries of the tensor
-    LOSS, TERMS, NLL, P_CORRECT, TOP1, SUPERVISED, TOKENS, POSITIONS, PAIRS = range(9)
-    COUNT = 9
+    LOSS, TERMS, NLL, P_CORRECT, TOP1, WEIGHT, P_BELOW, P_ABOVE, WEIGHT_BELOW = range(9)
+    SUPERVISED, TOKENS, POSITIONS, PAIRS = range(9, 13)
+    COUNT = 13
 
     def __init__(self, device: torch.device):
         # float64: a float32 sum stops counting single tokens at 2**24; MPS has no float64
@@ -22,6 +25,7 @@ class TokenSums:
         loss_sum: torch.Tensor,
         num_terms: torch.Tensor | int,
         tokens: TokenStatistics,
+        weights: torch.Tensor,
         lengths: torch.Tensor,
         num_positions: int,
     ) -> None:
@@ -29,7 +33,7 @@ class TokenSums:
 
         Args:
             loss_sum, num_terms: its loss, and what that is divided by; scalars.
-            tokens: statistics of its supervised tokens.
+            tokens, weights: statistics of its supervised tokens, and their w, [N].
             lengths: tokens of each of its documents.
             num_positions: its tokens and its padding.
         """
@@ -40,6 +44,10 @@ class TokenSums:
             tokens.nll.detach().sum(),
             tokens.p_correct.sum(),
             tokens.is_top1.sum(),
+            weights.sum(),
+            (tokens.p_correct < UNLIKELY).sum(),
+            (tokens.p_correct > SURE).sum(),
+            (weights < UNLIKELY).sum(),
             tokens.nll.numel(),
             lengths.sum(),
             num_positions,
@@ -64,4 +72,17 @@ def averages(sums: list[float]) -> dict[str, float]:
         "ce_loss": sums[TokenSums.NLL] / n,
         "avg_p_correct": sums[TokenSums.P_CORRECT] / n,
         "acc": sums[TokenSums.TOP1] / n,
+    }
+
+
+def health(sums: list[float]) -> dict[str, float]:
+    """How DFT sees the tokens of `TokenSums.take`: its mean weight, and the shares of tokens at both ends.
+
+    A token with p near 0 has next to no gradient at alpha 1, one with p near 1 has nothing left to learn.
+    """
+    n = max(sums[TokenSums.SUPERVISED], 1.0)
+    return {
+        "mean_weight": sums[TokenSums.WEIGHT] / n,
+        "p_below_0.01": sums[TokenSums.P_BELOW] / n,
+        "p_above_0.99": sums[TokenSums.P_ABOVE] / n,
     }

@@ -15,7 +15,7 @@ from scripts.make_tiny_model import make_model
 
 def recomputed(model, data, alpha: float) -> dict[str, float]:
     """The metrics of the model on the rows, one row at a time, in float64."""
-    loss = nll_sum = p_sum = correct = count = 0.0
+    loss = nll_sum = p_sum = correct = weights = unlikely = sure = count = 0.0
     model.eval()
     for row in data:
         ids, labels = torch.tensor([row["input_ids"]]), row["labels"]
@@ -30,24 +30,33 @@ def recomputed(model, data, alpha: float) -> dict[str, float]:
             nll_sum += nll
             p_sum += p
             correct += int(log_p[t].argmax()) == labels[t + 1]
+            weights += alpha * p + 1 - alpha
+            unlikely += p < 0.01
+            sure += p > 0.99
             count += 1
-    names = ("loss", "ce_loss", "avg_p_correct", "acc")
-    return dict(zip(names, (loss / count, nll_sum / count, p_sum / count, correct / count), strict=True))
+    names = ("loss", "ce_loss", "avg_p_correct", "acc", "mean_weight", "p_below_0.01", "p_above_0.99")
+    sums = (loss, nll_sum, p_sum, correct, weights, unlikely, sure)
+    return {name: value / count for name, value in zip(names, sums, strict=True)}
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_evaluation_is_token_weighted(make_trainer, batch_size):
     trainer = make_trainer(dft_alpha=0.6, per_device_eval_batch_size=batch_size)
     metrics = trainer.evaluate()
-    for name, value in recomputed(trainer.model, trainer.eval_dataset, 0.6).items():
-        assert metrics[f"eval_{name}"] == pytest.approx(value, rel=1e-5), name
+    expected = recomputed(trainer.model, trainer.eval_dataset, 0.6)
+    for name in ("loss", "ce_loss", "avg_p_correct", "acc"):
+        assert metrics[f"eval_{name}"] == pytest.approx(expected[name], rel=1e-5), name
     assert metrics["eval_perplexity"] == pytest.approx(math.exp(metrics["eval_ce_loss"]))
     assert metrics["eval_samples_per_second"] == pytest.approx(11 / metrics["eval_runtime"], rel=0.01)
 
 
 def test_training_metrics_are_those_of_the_tokens_trained_on(make_trainer):
     """Two accumulated micro-batches before the first update: the record equals a recomputation over both."""
+    model = make_model(600, hidden_size=32, num_layers=2)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(30.0)  # so that it is sure of some tokens, and sure against others
     trainer = make_trainer(
+        model,
         dft_alpha=0.6,
         per_device_train_batch_size=8,
         gradient_accumulation_steps=2,
@@ -57,14 +66,29 @@ def test_training_metrics_are_those_of_the_tokens_trained_on(make_trainer):
     trainer.train()
     record = next(r for r in trainer.state.log_history if "ce_loss" in r)
     expected = recomputed(trainer.model, trainer.train_dataset, 0.6)
+    assert 0 < expected["p_below_0.01"] < 1 > expected["p_above_0.99"] > 0
     for key, name in {
         "loss": "loss",
         "ce_loss": "ce_loss",
         "train/avg_p_correct": "avg_p_correct",
         "token_accuracy": "acc",
+        "mean_weight": "mean_weight",
+        "p_below_0.01": "p_below_0.01",
+        "p_above_0.99": "p_above_0.99",
     }.items():
         assert record[key] == pytest.approx(expected[name], rel=1e-5), key
     assert record["train/dft_alpha"] == 0.6
+
+
+def test_a_model_that_hardly_expects_the_data_is_said_so_once(make_trainer, caplog):
+    """A random model has p = 1/600 everywhere: at alpha 1 next to no gradient, at 0.7 enough."""
+    for alpha, times in ((1.0, 1), (0.7, 0)):
+        caplog.clear()
+        trainer = make_trainer(dft_alpha=alpha, max_steps=3)
+        trainer.train()
+        assert caplog.text.count("hardly learns them") == times
+        record = next(r for r in trainer.state.log_history if "p_below_0.01" in r)
+        assert record["p_below_0.01"] > 0.9
 
 
 def test_alpha_0_trains_as_trainer_itself(make_trainer, tokenizer, tmp_path):
@@ -134,8 +158,8 @@ def test_an_evaluation_set_without_a_length(make_trainer):
     expected = recomputed(trainer.model, trainer.eval_dataset, 0.6)
     trainer.eval_dataset = trainer.eval_dataset.to_iterable_dataset()
     metrics = trainer.evaluate()
-    for name, value in expected.items():
-        assert metrics[f"eval_{name}"] == pytest.approx(value, rel=1e-5), name
+    for name in ("loss", "ce_loss", "avg_p_correct", "acc"):
+        assert metrics[f"eval_{name}"] == pytest.approx(expected[name], rel=1e-5), name
 
 
 def test_training_twice_logs_twice(make_trainer):
