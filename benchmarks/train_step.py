@@ -150,8 +150,7 @@ def describe(found: Found, about: dict[str, Any], packing: dict[str, float], arg
 - The original's loss is written after its documents, in a Trainer that counts tokens over the step. Without padding
   (1 row a micro-batch) it does the same products as ours but for the head, where it scores every token.
 - Packed ways have as many tokens in a step as the others have on average, but other rows in each.
-- Programs beside it: no measurement waited longer than {args.patience:g} s for a share of the machine below
-  {MAX_OTHERS:.0%}.""",
+- Programs beside it: no measurement waited longer than {args.patience:g} s for a share of the machine below {MAX_OTHERS:.0%}.""",
             "## Packing alone",
             f"{packing['count']:,.0f} sequences, log-normal lengths (a median of 245 tokens), into rows of 8192 "
             "tokens. TRL's makes the packed rows' tokens as well; ours are put together when they are read.",
@@ -165,13 +164,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="four ways, one round, few steps, no results written")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--size", default="small", help="of the model, see train_step_run.py")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=tuple(WAYS), help="what is measured")
     parser.add_argument("--trl_attention", default="flash_attention_2", help="of TRL on a GPU")
     parser.add_argument("--rounds", type=int, default=3, help="processes for each measurement")
     parser.add_argument("--steps", type=int, default=5, help="optimizer steps of each, the first of them not measured")
     parser.add_argument("--rows_per_step", type=int, default=16)
     parser.add_argument("--patience", type=float, default=20, help="seconds to wait for a quiet machine")
     args = parser.parse_args()
-    ways = tuple(WAYS)
+    ways = tuple(args.ways)
     if args.quick:
         args.rounds, args.patience, args.steps, ways = 1, 2, 3, QUICK
     found = measure(ways, args)
@@ -184,7 +184,8 @@ def main() -> None:
     text = describe(found, about, packing, args)
     print(text)
     if not args.quick:
-        keep(f"train_step_{args.device}", text, about | {"ratios": numbers, "found": found})
+        name = f"train_step_{args.device}" + ("" if args.size == "small" else f"_{args.size}")
+        keep(name, text, about | {"ratios": numbers, "found": found})
     print(json.dumps(numbers))
 
 

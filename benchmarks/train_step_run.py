@@ -40,6 +40,10 @@ SIZES = {  # of Qwen3's architecture
         "vocab_size": 32000, "hidden_size": 384, "intermediate_size": 1152, "num_hidden_layers": 6,
         "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 64,
     },
+    "small-152k": {  # with the vocabulary of Qwen3
+        "vocab_size": 151936, "hidden_size": 384, "intermediate_size": 1152, "num_hidden_layers": 6,
+        "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 64,
+    },
     "0.6b": {
         "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
         "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
