@@ -150,7 +150,8 @@ def describe(found: Found, about: dict[str, Any], packing: dict[str, float], arg
 - The original's loss is written after its documents, in a Trainer that counts tokens over the step. Without padding
   (1 row a micro-batch) it does the same products as ours but for the head, where it scores every token.
 - Packed ways have as many tokens in a step as the others have on average, but other rows in each.
-- Programs beside it: no measurement waited longer than {args.patience:g} s for a share of the machine below {MAX_OTHERS:.0%}.""",
+- Programs beside it: no measurement waited longer than {args.patience:g} s for a share of the machine below
+  {MAX_OTHERS:.0%}.""",
             "## Packing alone",
             f"{packing['count']:,.0f} sequences, log-normal lengths (a median of 245 tokens), into rows of 8192 "
             "tokens. TRL's makes the packed rows' tokens as well; ours are put together when they are read.",
