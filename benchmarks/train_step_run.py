@@ -30,8 +30,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from batching import document_lengths
 from throughput import ModelFlops
-from token_sums import document_lengths
 
 MAX_LENGTH = 1024
 SUPERVISED = 0.4  # of a row's tokens

@@ -1,5 +1,6 @@
 """What the documents name exists: files, flags, commands, metrics; and the code is formatted."""
 
+import importlib
 import json
 import re
 import subprocess
@@ -69,6 +70,12 @@ def test_constraints_cover_the_requirements():
     for line in (ROOT / "requirements.txt").read_text().splitlines():
         package = re.split(r"[<>=# ]", line)[0].lower()
         assert not package or package in pinned, package
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py")))
+def test_benchmarks_can_be_loaded(name):
+    """They import the project's parts, which move."""
+    importlib.import_module(f"benchmarks.{name}")
 
 
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]])
