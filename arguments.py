@@ -4,6 +4,7 @@ import difflib
 import json
 import math
 import os
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -258,6 +259,9 @@ class DFTTrainingArguments(TrainingArguments):
     )
     # the old name of the field above: set by transformers, not on the command line
     gradient_checkpointing: bool | None = field(default=None, init=False)
+    disable_tqdm: bool | None = option(
+        "No progress bars, but a line for each record. By default where there is no terminal."
+    )
     logging_steps: float = option("Log every so many steps; below 1, a share of all steps.", 10)
     metric_for_best_model: str | None = option(
         "Evaluation metric that decides which checkpoint is the best, which --save_total_limit always keeps: eval_acc "
@@ -270,6 +274,8 @@ class DFTTrainingArguments(TrainingArguments):
     resume_from_checkpoint: str | None = option("Checkpoint directory to go on from; 'last' for the newest.")
 
     def __post_init__(self):
+        if self.disable_tqdm is None:
+            self.disable_tqdm = not sys.stderr.isatty()
         self._restore_old_flags()
         self._resolve_batches()
         self._check_ranges()

@@ -3,6 +3,11 @@
 import json
 import math
 import os
+import shlex
+import subprocess
+import sys
+from functools import partialmethod
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +22,26 @@ logger = get_logger(__name__)
 # ---- trackers -----------------------------------------------------------------------------------
 
 
-def start_trackers(args: TrainingArguments) -> list[str]:
+def start_trackers(args: TrainingArguments, about: dict[str, Any]) -> list[str]:
     """Starts the trackers that have to be started early, and returns the usable ones for `report_to`.
 
     Called before the model is loaded. A tracker without its package is dropped with a warning; one
-    without an API key writes to disk, with a warning that says how to upload it. Only rank 0 tracks.
+    without an API key writes to disk, with a warning that says how to upload it. Only rank 0 tracks. A run that is
+    resumed goes on in the trackers where it stopped.
+
+    Args:
+        about: what is recorded with the run, see `about_run`.
     """
     if args.process_index != 0:
         return []
+    ids = TrackerIds(args)
     usable = []
     for name in args.report_to:
         try:
             if name == "swanlab":
-                start_swanlab(args)
+                start_swanlab(args, about, ids)
             elif name == "wandb":
-                start_wandb(args)
+                start_wandb(args, about, ids)
             INTEGRATION_TO_CALLBACK[name]()  # says what is missing
             usable.append(name)
         except Exception as error:  # whatever it is, a tracker must not end a training run
@@ -39,7 +49,45 @@ def start_trackers(args: TrainingArguments) -> list[str]:
     return usable
 
 
-def start_swanlab(args: TrainingArguments) -> None:
+def about_run(settings: dict[str, Any], files: dict[str, int]) -> dict[str, Any]:
+    """What a run was: its own settings, rows by data file, versions, the commit of the code, the command line."""
+    packages = ("torch", "transformers", "accelerate", "deepspeed", "datasets")
+    return {
+        "dft": settings,
+        "data_rows": files,
+        "versions": {name: version(name) for name in packages},
+        "git_commit": _git_commit(),
+        "command_line": shlex.join(sys.argv),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the code; None where it is not in a git repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+class TrackerIds:
+    """The names that trackers gave to a run, kept in its output directory."""
+
+    def __init__(self, args: TrainingArguments):
+        self._path = Path(args.output_dir) / "tracker_ids.json"
+        is_resumed = args.resume_from_checkpoint and self._path.is_file()
+        self._ids = json.loads(self._path.read_text(encoding="utf-8")) if is_resumed else {}
+
+    def to_go_on(self, tracker: str) -> dict[str, str]:
+        """What a tracker is told so that it goes on with an earlier run, if there is one."""
+        return {"id": self._ids[tracker], "resume": "allow"} if tracker in self._ids else {}
+
+    def keep(self, tracker: str, name: str) -> None:
+        self._ids[tracker] = name
+        self._path.write_text(json.dumps(self._ids) + "\n", encoding="utf-8")
+
+
+def start_swanlab(args: TrainingArguments, about: dict[str, Any], ids: TrackerIds) -> None:
     """Starts SwanLab's run here, because transformers' callback fails where no run exists yet.
 
     SWANLAB_MODE (online, offline, local, disabled) and SWANLAB_PROJECT are respected.
@@ -57,10 +105,12 @@ def start_swanlab(args: TrainingArguments) -> None:
             log_dir,
         )
     os.makedirs(log_dir, exist_ok=True)
-    swanlab.init(project=project, name=args.run_name, mode=mode, log_dir=log_dir)
+    settings = {"project": project, "name": args.run_name, "mode": mode, "log_dir": log_dir, "config": about}
+    run = swanlab.init(**settings, **ids.to_go_on("swanlab"))
+    ids.keep("swanlab", run.id)
 
 
-def start_wandb(args: TrainingArguments) -> None:
+def start_wandb(args: TrainingArguments, about: dict[str, Any], ids: TrackerIds) -> None:
     """Starts WandB's run. WANDB_MODE (online, offline, disabled), WANDB_PROJECT and WANDB_DIR are respected."""
     import wandb
 
@@ -76,7 +126,39 @@ def start_wandb(args: TrainingArguments) -> None:
         )
     os.makedirs(directory, exist_ok=True)
     project = os.environ.get("WANDB_PROJECT", args.project)
-    wandb.init(project=project, name=args.run_name, mode=mode, dir=directory)
+    settings = {"project": project, "name": args.run_name, "mode": mode, "dir": directory, "config": about}
+    run = wandb.init(**settings, **ids.to_go_on("wandb"))
+    ids.keep("wandb", run.id)
+
+
+class GuardedTracker(TrainerCallback):
+    """A tracker whose failure ends the tracking, with a warning, and not the run."""
+
+    def __init__(self, callback: TrainerCallback):
+        self.callback: TrainerCallback | None = callback
+        self.name = type(callback).__name__.removesuffix("Callback")
+
+    def call(self, event: str, *args: Any, **kwargs: Any) -> Any:
+        """What the tracker does at an event of the training."""
+        if self.callback is None:
+            return None
+        try:
+            return getattr(self.callback, event)(*args, **kwargs)
+        except Exception as error:  # whatever it is, a tracker must not end a training run
+            logger.warning("%s failed and is dropped, the run goes on: %s: %s", self.name, type(error).__name__, error)
+            self.callback = None
+            return None
+
+
+# every event goes through `call`
+for _event in (name for name in vars(TrainerCallback) if name.startswith("on_")):
+    setattr(GuardedTracker, _event, partialmethod(GuardedTracker.call, _event))
+
+
+def guard_trackers(trainer: Trainer) -> None:
+    """Lets the run go on whatever its trackers do."""
+    handler, trackers = trainer.callback_handler, tuple(INTEGRATION_TO_CALLBACK.values())
+    handler.callbacks = [GuardedTracker(c) if isinstance(c, trackers) else c for c in handler.callbacks]
 
 
 class TrainLog(TrainerCallback):
@@ -143,6 +225,17 @@ def plot_curves(log_history: list[dict[str, Any]], path: Path) -> None:
             axis.legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+class Curves(TrainerCallback):
+    """Draws the curves whenever the model is saved, and at the end."""
+
+    def __init__(self, output_dir: str):
+        self.path = Path(output_dir) / "training_curves.png"
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            plot_curves(state.log_history, self.path)
 
 
 def summary(trainer: Trainer) -> str:

@@ -30,6 +30,7 @@ from attention import choose_attention
 from batch_plan import BatchPlan, choose_batching
 from chat_format import ChatFormat, load_chat_template
 from command_line import parse_args
+from console import print_lines
 from data_cache import CACHE_DIRECTORY
 from data_page import write_page
 from data_report import report_table, show_row, write_report
@@ -37,7 +38,7 @@ from data_utils import PreparedData, load_prepared, prepare_in_cache
 from dft_trainer import DFTTrainer
 from dist_logger import UserError, get_logger, quiet_libraries, setup_logging
 from process_group import once_per_node, program
-from tracking import TrainLog, plot_curves, start_trackers, summary
+from tracking import Curves, TrainLog, about_run, guard_trackers, plot_curves, start_trackers, summary
 
 logger = get_logger("train_dft")
 
@@ -60,7 +61,8 @@ def main(argv: list[str] | None = None) -> None:
     data = load_data(data_args, args, tokenizer, plan)
     if data_args.dry_run:
         return
-    args.report_to = start_trackers(args)
+    rows = {entry["path"]: entry["kept"] for entry in data.report["files"]}
+    args.report_to = start_trackers(args, about_run(vars(dft_args), rows))
     model = load_model(model_args, args, config, attention)
 
     trainer = DFTTrainer(
@@ -82,8 +84,10 @@ def main(argv: list[str] | None = None) -> None:
         train_dataset=plan.training_rows(data.train, data.lengths),
         eval_dataset=data.evaluation,
         processing_class=tokenizer,
-        callbacks=[TrainLog(args.output_dir)],
+        callbacks=[TrainLog(args.output_dir), Curves(args.output_dir)],
     )
+    guard_trackers(trainer)
+    print_lines(trainer)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     save(trainer, result.metrics)
     if args.process_index == 0:

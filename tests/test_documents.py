@@ -16,7 +16,7 @@ OTHERS = ["CONTRIBUTING.md", "docs/batches.md", "docs/data.md", "docs/loss.md", 
 MADE_BY_A_RUN = {  # named in the documents, made when the program runs
     "data_report.json", "rejected.jsonl", "training_curves.png", "train_log.jsonl", "all_results.json",
     "trainer_state.json", "training_args.json", "train_distributed.log", "my_run.yaml", "more.json", "train.jsonl",
-    "eval.jsonl", "chats.jsonl",
+    "eval.jsonl", "chats.jsonl", "tracker_ids.json",
 }  # fmt: skip
 FLAGS_OF_OTHERS = {"--no-build-isolation", "--help"}
 

@@ -215,6 +215,12 @@ def test_trackers_together_and_offline(train, tmp_path):
     assert list((out / "swanlog").glob("run-*"))
     assert list((out / "wandb").glob("offline-run-*"))
     assert list((out / "runs").rglob("events.out.tfevents.*"))
+    assert set(json.loads((out / "tracker_ids.json").read_text())) == {"swanlab", "wandb"}
+    recorded = b"".join(path.read_bytes() for path in (out / "wandb").glob("offline-run-*/*.wandb"))
+    assert b"git_commit" in recorded
+    assert b"chats.jsonl" in recorded
+    assert "step 2/2  loss " in result.stdout  # a line for each record
+    assert "{'loss'" not in result.stdout
 
 
 def test_ending_the_script_ends_every_rank(tiny_model, chat_file, tmp_path):
