@@ -18,7 +18,7 @@ MADE_BY_A_RUN = {  # named in the documents, made when the program runs
     "trainer_state.json", "training_args.json", "train_distributed.log", "my_run.yaml", "more.json", "train.jsonl",
     "eval.jsonl", "chats.jsonl", "tracker_ids.json",
 }  # fmt: skip
-FLAGS_OF_OTHERS = {"--no-build-isolation", "--help"}
+FLAGS_OF_OTHERS = {"--no-build-isolation", "--help", "--size"}  # of pip, of all, of a benchmark
 
 
 @pytest.mark.parametrize("name", READMES + OTHERS)
