@@ -5,11 +5,13 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrain
 from transformers.utils import is_flash_attn_2_available
 
 from dist_logger import UserError, get_logger
-from varlen_attention import KERNEL_HEAD_DIM, VARLEN, kernel_takes, register, why_not
+from throughput import head_sizes
+from varlen_attention import KERNEL_HEAD_DIM, VARLEN, kernel_takes, register
 
 logger = get_logger(__name__)
 
 FLASH = "flash_attention_2"
+OWN_MASKS = ("doge", "phimoe", "qwen2_moe")  # model types whose masks know windows that their attention doesn't
 
 
 def model_class_of(config: PretrainedConfig) -> type[PreTrainedModel] | None:
@@ -32,7 +34,7 @@ def choose_attention(wanted: str, config: PretrainedConfig, is_16_bit: bool, str
         UserError: varlen is wanted for a model that can't use it, or flash_attention_2 can't run and strict is set.
     """
     register()
-    cannot, slow = why_not(model_class_of(config), config.get_text_config()), why_slow(config, is_16_bit)
+    cannot, slow = why_not_varlen(config), why_slow(config, is_16_bit)
     if wanted == VARLEN:
         if cannot is not None:
             raise UserError(f"--attn_implementation varlen: {cannot}; leave it at auto")
@@ -68,7 +70,7 @@ def why_slow(config: PretrainedConfig, is_16_bit: bool) -> str | None:
         return None
     text = config.get_text_config()
     try:
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        head_dim = max(head_sizes(text))
         dropout = getattr(text, "attention_dropout", 0.0) or 0.0
     except (AttributeError, RuntimeError) as error:  # RuntimeError: it differs by layer
         return f"the size of its heads is not known ({error})"
@@ -83,17 +85,40 @@ def why_slow(config: PretrainedConfig, is_16_bit: bool) -> str | None:
 
 def documents_leak(config: PretrainedConfig) -> str | None:
     """Why documents in one row would see each other with any attention, in words; None if nothing is known of it."""
-    model_class = model_class_of(config)
-    kinds = getattr(config.get_text_config(), "layer_types", None) or ()
-    if getattr(model_class, "_is_stateful", False) or any(
-        kind == "linear_attention" or not kind.endswith("_attention") for kind in kinds
-    ):
-        return f"{type(config).__name__[:-6]} has recurrent layers, which carry one document into the next"
-    if getattr(config, "type_vocab_size", None) is not None:
-        return f"{type(config).__name__[:-6]} is an encoder"
+    model_class, name = model_class_of(config), type(config).__name__[:-6]
+    kinds = {kind for kind in _layer_types(config) if kind == "linear_attention" or not kind.endswith("_attention")}
+    if kinds or getattr(model_class, "_is_stateful", False):
+        which = f" ({', '.join(sorted(kinds))})" if kinds else ""
+        return f"{name} has recurrent layers{which}, which carry one document into the next"
+    if getattr(config.get_text_config(), "type_vocab_size", None) is not None:
+        return f"{name} is an encoder"
     if model_class is not None and not model_class._supports_attention_backend:
-        return f"{model_class.__name__} computes attention in a way of its own"
+        return f"{name} computes attention in a way of its own"
     return None
+
+
+def why_not_varlen(config: PretrainedConfig) -> str | None:
+    """Why a model can't use varlen attention, in words; None if it can."""
+    model_class, text, name = model_class_of(config), config.get_text_config(), type(config).__name__[:-6]
+    if model_class is None:
+        return "its code comes with the model"
+    if leak := documents_leak(config):
+        return leak
+    kinds = set(_layer_types(config)) - {"full_attention", "sliding_attention"}
+    if kinds:
+        return f"{name} has layers that are not causal attention ({', '.join(sorted(kinds))})"
+    if getattr(text, "is_causal", True) is False:
+        return f"{name} is an encoder"
+    if text.model_type in OWN_MASKS and "sliding_attention" in (_layer_types(config) or ["sliding_attention"]):
+        return f"{name} says more in its masks than in its calls of attention"
+    for option in ("attn_logit_softcapping", "attention_chunk_size"):
+        if getattr(text, option, None):
+            return f"{name} uses {option}"
+    return None if model_class._supports_sdpa else f"{name} computes attention in a way of its own"
+
+
+def _layer_types(config: PretrainedConfig) -> list[str]:
+    return getattr(config.get_text_config(), "layer_types", None) or []
 
 
 def grows_with_square(config: PretrainedConfig, attention: str) -> bool:

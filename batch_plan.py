@@ -100,14 +100,13 @@ class BatchPlan:
         total["training_rows_per_epoch"] = len(lengths)
         total["steps_per_epoch"] = math.ceil(num_items / (self.rows_per_batch * self.batches_per_step))
         total["batching"] = self.batching
-        total["padding_share"] = self.padding_share(lengths) if self.batching == "padded" else 0.0
+        total["padding_share"] = self.padding_share(lengths, bins) if self.batching == "padded" else 0.0
         if bins is not None:
             capacity = self.max_tokens or self.max_length
             total |= {"bins": num_items, "bin_tokens": capacity, "bin_fill": lengths.sum() / (num_items * capacity)}
 
-    def padding_share(self, lengths: np.ndarray) -> float:
-        """Share of padding in the first epoch's padded batches."""
-        bins = self.bins(lengths)
+    def padding_share(self, lengths: np.ndarray, bins: np.ndarray | None) -> float:
+        """Share of padding in the first epoch's padded batches, of rows in `bins`, see there."""
         if bins is None:
             step = self.rows_per_batch * self.batches_per_step
             strategy = "random" if self.strategy == "batch_rebalance" else self.strategy

@@ -54,14 +54,14 @@ class FlatteningCollator:
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         rows = documents(features)
         lengths = [len(row["input_ids"]) for row in rows]
-        borders = torch.tensor([0, *lengths]).cumsum(0)
+        borders = border_arguments(lengths)
         labels = torch.cat([torch.as_tensor(row["labels"]) for row in rows]).long()
-        labels[borders[:-1]] = IGNORE_INDEX  # nothing predicts the first token of a document
+        labels[borders["cu_seq_lens_q"][:-1]] = IGNORE_INDEX  # nothing predicts the first token of a document
         batch = {
             "input_ids": torch.cat([torch.as_tensor(row["input_ids"]) for row in rows]).long()[None],
             "labels": labels[None],
             "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
-            **border_arguments(lengths),
+            **borders,
             "use_cache": False,
         }
         if any(row.get("loss_weights") is not None for row in rows):

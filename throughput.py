@@ -78,7 +78,7 @@ class ModelFlops:
             if id(p) not in tables and len(_shape(p)) >= 2
         )
         self.per_supervised = sum(_cost(p) for p in head.parameters() if len(_shape(p)) >= 2)
-        self.per_pair = 12.0 * config.num_hidden_layers * config.num_attention_heads * _head_size(config)
+        self.per_pair = 6.0 * config.num_hidden_layers * config.num_attention_heads * sum(head_sizes(config))
 
     def __call__(self, tokens: float, supervised: float, pairs: float) -> float:
         """Of so many tokens, supervised tokens, and pairs of tokens of the same document."""
@@ -93,11 +93,12 @@ def _is_of_experts(name: str, parameter: nn.Parameter, experts: int) -> bool:
     return ".experts." in name or (len(shape) == 3 and shape[0] == experts)
 
 
-def _head_size(config: PretrainedConfig) -> float:
-    """The mean of what a head's keys and values hold."""
+def head_sizes(config: PretrainedConfig) -> tuple[int, int]:
+    """Dimensions of a head's keys, and of its values."""
     if getattr(config, "qk_nope_head_dim", None):  # DeepSeek's latent attention
-        return (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim) / 2
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return size, size
 
 
 def _shape(parameter: nn.Parameter) -> torch.Size:

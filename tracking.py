@@ -22,7 +22,9 @@ logger = get_logger(__name__)
 # ---- trackers -----------------------------------------------------------------------------------
 
 
-def start_trackers(args: TrainingArguments, about: dict[str, Any]) -> list[str]:
+def start_trackers(
+    args: TrainingArguments, settings: dict[str, Any], files: dict[str, int], is_resumed: bool = False
+) -> list[str]:
     """Starts the trackers that have to be started early, and returns the usable ones for `report_to`.
 
     Called before the model is loaded. A tracker without its package is dropped with a warning; one
@@ -30,11 +32,11 @@ def start_trackers(args: TrainingArguments, about: dict[str, Any]) -> list[str]:
     resumed goes on in the trackers where it stopped.
 
     Args:
-        about: what is recorded with the run, see `about_run`.
+        settings, files: recorded with the run, see `about_run`.
     """
-    if args.process_index != 0:
+    if args.process_index != 0 or not args.report_to:
         return []
-    ids = TrackerIds(args)
+    about, ids = about_run(settings, files), TrackerIds(args.output_dir, is_resumed)
     usable = []
     for name in args.report_to:
         try:
@@ -73,10 +75,10 @@ def _git_commit() -> str | None:
 class TrackerIds:
     """The names that trackers gave to a run, kept in its output directory."""
 
-    def __init__(self, args: TrainingArguments):
-        self._path = Path(args.output_dir) / "tracker_ids.json"
-        is_resumed = args.resume_from_checkpoint and self._path.is_file()
-        self._ids = json.loads(self._path.read_text(encoding="utf-8")) if is_resumed else {}
+    def __init__(self, output_dir: str | Path, is_resumed: bool):
+        self._path = Path(output_dir) / "tracker_ids.json"
+        is_kept = is_resumed and self._path.is_file()
+        self._ids = json.loads(self._path.read_text(encoding="utf-8")) if is_kept else {}
 
     def to_go_on(self, tracker: str) -> dict[str, str]:
         """What a tracker is told so that it goes on with an earlier run, if there is one."""
@@ -228,7 +230,7 @@ def plot_curves(log_history: list[dict[str, Any]], path: Path) -> None:
 
 
 class Curves(TrainerCallback):
-    """Draws the curves whenever the model is saved, and at the end."""
+    """Draws the curves whenever a checkpoint is saved."""
 
     def __init__(self, output_dir: str):
         self.path = Path(output_dir) / "training_curves.png"

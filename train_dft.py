@@ -38,7 +38,7 @@ from data_utils import PreparedData, load_prepared, prepare_in_cache
 from dft_trainer import DFTTrainer
 from dist_logger import UserError, get_logger, quiet_libraries, setup_logging
 from process_group import once_per_node, program
-from tracking import Curves, TrainLog, about_run, guard_trackers, plot_curves, start_trackers, summary
+from tracking import Curves, TrainLog, guard_trackers, plot_curves, start_trackers, summary
 
 logger = get_logger("train_dft")
 
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     if data_args.dry_run:
         return
     rows = {entry["path"]: entry["kept"] for entry in data.report["files"]}
-    args.report_to = start_trackers(args, about_run(vars(dft_args), rows))
+    args.report_to = start_trackers(args, vars(dft_args), rows, is_resumed=checkpoint is not None)
     model = load_model(model_args, args, config, attention)
 
     trainer = DFTTrainer(

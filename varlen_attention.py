@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
-from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward, use_gqa_in_sdpa
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from batching import borders_of_positions
 
 VARLEN = "varlen"
-OWN_MASKS = ("doge", "phimoe", "qwen2_moe")  # model types whose masks know windows that their attention doesn't
 KERNEL_HEAD_DIM = 256  # the most that the kernels take
 
 
@@ -27,32 +26,6 @@ def register() -> None:
     """Makes attn_implementation="varlen" known to transformers."""
     AttentionInterface.register(VARLEN, varlen_attention)
     AttentionMaskInterface.register(VARLEN, varlen_mask)
-
-
-def why_not(model_class: type[PreTrainedModel] | None, config: PretrainedConfig) -> str | None:
-    """Why a model can't use this attention, in words; None if it can.
-
-    Args:
-        model_class: None for code that comes with the model.
-        config: of its text part.
-    """
-    if model_class is None:
-        return "its code comes with the model"
-    name = model_class.__name__
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if kinds or getattr(model_class, "_is_stateful", False):
-        return f"{name} has layers that are not causal attention ({', '.join(sorted(kinds)) or 'recurrent'})"
-    if getattr(config, "type_vocab_size", None) is not None or getattr(config, "is_causal", True) is False:
-        return f"{name} is an encoder"
-    is_windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
-    if config.model_type in OWN_MASKS and is_windowed:
-        return f"{name} says more in its masks than in its calls of attention"
-    for option in ("attn_logit_softcapping", "attention_chunk_size"):
-        if getattr(config, option, None):
-            return f"{name} uses {option}"
-    if not (model_class._supports_sdpa and model_class._supports_attention_backend):
-        return f"{name} computes attention in a way of its own"
-    return None
 
 
 @lru_cache

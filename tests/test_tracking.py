@@ -3,7 +3,6 @@
 import json
 import sys
 from importlib.metadata import version
-from types import SimpleNamespace
 
 import pytest
 from transformers import TrainerCallback
@@ -106,14 +105,14 @@ def test_curves_are_drawn_at_every_save(make_trainer, tmp_path):
 
 
 def test_a_resumed_run_goes_on_in_its_trackers(tmp_path):
-    first = TrackerIds(SimpleNamespace(output_dir=tmp_path, resume_from_checkpoint=None))
+    first = TrackerIds(tmp_path, is_resumed=False)
     assert first.to_go_on("wandb") == {}
     first.keep("wandb", "abc")
     first.keep("swanlab", "def")
-    resumed = TrackerIds(SimpleNamespace(output_dir=tmp_path, resume_from_checkpoint="last"))
+    resumed = TrackerIds(tmp_path, is_resumed=True)
     assert resumed.to_go_on("wandb") == {"id": "abc", "resume": "allow"}
     assert resumed.to_go_on("tensorboard") == {}
-    anew = TrackerIds(SimpleNamespace(output_dir=tmp_path, resume_from_checkpoint=None))
+    anew = TrackerIds(tmp_path, is_resumed=False)
     assert anew.to_go_on("swanlab") == {}
 
 
