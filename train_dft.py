@@ -25,9 +25,10 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from arguments import DataArguments, DFTTrainingArguments, ModelArguments
+from arguments import DataArguments, ModelArguments
 from attention import choose_attention
 from batch_plan import BatchPlan, choose_batching
+from channels import Channels
 from chat_format import ChatFormat, load_chat_template
 from command_line import parse_args
 from console import print_lines
@@ -39,6 +40,7 @@ from dft_trainer import DFTTrainer
 from dist_logger import UserError, get_logger, quiet_libraries, setup_logging
 from process_group import once_per_node, program
 from tracking import Curves, TrainLog, guard_trackers, plot_curves, start_trackers, summary
+from training_arguments import DFTTrainingArguments
 
 logger = get_logger("train_dft")
 
@@ -58,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         model_args.attn_implementation, config, attends_in_16_bits(model_args, args, config), model_args.attn_strict
     )
     plan = plan_batches(data_args, args, config, attention)
-    data = load_data(data_args, args, tokenizer, plan)
+    data = load_data(data_args, args, tokenizer, plan, logging_args.channels)
     if data_args.dry_run:
         return
     rows = {entry["path"]: entry["kept"] for entry in data.report["files"]}
@@ -80,6 +82,8 @@ def main(argv: list[str] | None = None) -> None:
         log_metrics_steps=logging_args.log_metrics_steps,
         row_lengths=data.lengths,
         peak_tflops=logging_args.peak_tflops,
+        channels=data.channels,
+        log_entropy=logging_args.log_entropy,
         data_collator=plan.collator(tokenizer),
         train_dataset=plan.training_rows(data.train, data.lengths),
         eval_dataset=data.evaluation,
@@ -199,7 +203,11 @@ def plan_batches(
 
 
 def load_data(
-    data_args: DataArguments, args: DFTTrainingArguments, tokenizer: PreTrainedTokenizerBase, plan: BatchPlan
+    data_args: DataArguments,
+    args: DFTTrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: BatchPlan,
+    channels: Channels,
 ) -> PreparedData:
     """The training and evaluation rows, tokenised by one process of each node and read by all of them."""
     chat_format = ChatFormat(tokenizer, data_args.train_on, data_args.mask_thinking)
@@ -226,7 +234,7 @@ def load_data(
         overwrite_cache=data_args.overwrite_cache,
         progress=is_main and not args.disable_tqdm,
     )
-    data = load_prepared(once_per_node(prepare))
+    data = load_prepared(once_per_node(prepare), channels)
     if is_main:
         show_data(data, data_args, args, tokenizer, plan)
     return data
