@@ -63,10 +63,11 @@ class TokenSums:
             num_positions,
             lengths.square().sum(),
         )
-        self.values[: self.COUNT] += torch.stack([self._number(part) for part in parts])
+        self.values.narrow(0, 0, self.COUNT).add_(torch.stack([self._number(part) for part in parts]))
         if channel is not None:
             each = torch.stack([nll, tokens.p_correct, torch.ones_like(nll)], dim=1).to(self.values.dtype)  # [N, 3]
-            self.values[self.COUNT :].view(-1, 3).index_add_(0, channel, each)
+            of_channels = self.values.narrow(0, self.COUNT, len(self.values) - self.COUNT)
+            of_channels.view(-1, 3).index_add_(0, channel, each)
 
     def _number(self, value: torch.Tensor | int) -> torch.Tensor:
         """A scalar on the device; a number of the host is written there by a kernel, where a copy would wait."""
