@@ -23,7 +23,7 @@ from packing import DOCUMENTS
 from throughput import model_flops
 from throughput import peak_tflops as known_peak_tflops
 from token_sums import TokenSums, averages, channel_averages, health
-from training_metrics import TrainingMetrics
+from training_metrics import LastRecord, TrainingMetrics
 
 logger = get_logger(__name__)
 
@@ -112,6 +112,7 @@ class DFTTrainer(Trainer):
         super().__init__(model, args, **kwargs)
         self._order: EpochOrder | None = None  # of the training rows
         self.add_callback(TellEpoch(lambda: self._order))
+        self.add_callback(LastRecord())
         self._refuse_what_changes_the_loss()
         if self.args.torch_compile:
             self._compile_layers()

@@ -9,7 +9,6 @@ scripts/train.sh does this with a log file; --help lists the flags, README.md ex
 """
 
 import json
-import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -31,15 +30,16 @@ from batch_plan import BatchPlan, choose_batching
 from channels import Channels
 from chat_format import ChatFormat, load_chat_template
 from command_line import parse_args
-from console import print_lines
+from console import print_lines, summary
 from data_cache import CACHE_DIRECTORY
 from data_page import write_page
 from data_report import report_table, show_row, write_report
 from data_utils import PreparedData, load_prepared, prepare_in_cache
 from dft_trainer import DFTTrainer
-from dist_logger import UserError, get_logger, quiet_libraries, setup_logging
+from dist_logger import UserError, get_logger, make_directory, quiet_libraries, setup_logging
 from process_group import once_per_node, program
-from tracking import Curves, TrainLog, guard_trackers, plot_curves, start_trackers, summary
+from trackers import check_trackers, guard_trackers, start_trackers
+from tracking import Curves, TrainLog, plot_curves
 from training_arguments import DFTTrainingArguments
 
 logger = get_logger("train_dft")
@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     setup_logging(log_dir / "train_distributed.log", only_rank_0=logging_args.reduce_logging, debug=debug)
     quiet_libraries(progress_bars=not args.disable_tqdm)
     checkpoint = find_checkpoint(args)
+    args.report_to = [] if data_args.dry_run else check_trackers(args)
     tokenizer = load_tokenizer(model_args, data_args)
     config = load_config(model_args, tokenizer)
     attention = choose_attention(
@@ -97,21 +98,6 @@ def main(argv: list[str] | None = None) -> None:
     if args.process_index == 0:
         plot_curves(trainer.state.log_history, Path(args.output_dir) / "training_curves.png")
         print(summary(trainer))
-
-
-def make_directory(path: str, flag: str) -> Path:
-    """Makes a directory that is written to, on every rank, so that all find out together if they can't.
-
-    Raises:
-        UserError: it can't be made or written to.
-    """
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{flag} {path} can't be made: {error.strerror}") from error
-    if not os.access(path, os.W_OK):
-        raise UserError(f"{flag} {path} can't be written to: choose another directory or change its permissions")
-    return Path(path)
 
 
 def find_checkpoint(args: DFTTrainingArguments) -> str | None:

@@ -5,12 +5,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from transformers import TrainerCallback
 
 from dist_logger import get_logger
 from throughput import ModelFlops, peak_memory_gib
 from token_sums import UNLIKELY, TokenSums, averages, channel_averages, health
 
 logger = get_logger(__name__)
+
+
+class LastRecord(TrainerCallback):
+    """Logs the last step too, which logging every so many steps may leave out."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.logging_strategy == "steps" and state.global_step >= state.max_steps:
+            control.should_log = True
 
 
 class TrainingMetrics:
