@@ -64,7 +64,7 @@ class DFTTrainer(Trainer):
         mean_weight          sum(w) / N
         p_below_0.01, p_above_0.99   shares of supervised tokens
         entropy              mean over supervised tokens, in nats; if it is asked for
-        channel/NAME/ce_loss, channel/NAME/p_correct   of one source
+        channel/NAME/ce_loss, channel/NAME/p_correct, channel/NAME/acc   of one source
         tokens_per_second, supervised_tokens_per_second, memory_gib
         padding_share        of the positions that the model computed
         mfu                  share of the devices' peak, see throughput.ModelFlops; where the peak is known

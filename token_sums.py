@@ -13,18 +13,19 @@ class TokenSums:
     """Sums over supervised tokens, kept on the device and divided only when they are printed.
 
     Args:
-        num_channels: sources of the tokens, which have three sums each behind the others: nll, p_correct, tokens.
+        num_channels: sources of the tokens, each with sums behind the others: nll, p_correct, is_top1, tokens.
     """
 
     # order of the entries of the tensor
     LOSS, TERMS, NLL, P_CORRECT, TOP1, WEIGHT, P_BELOW, P_ABOVE, WEIGHT_BELOW, ENTROPY = range(10)
     SUPERVISED, TOKENS, POSITIONS, PAIRS = range(10, 14)
     COUNT = 14
+    OF_CHANNEL = 4
 
     def __init__(self, device: torch.device, num_channels: int = 0):
         # float64: a float32 sum stops counting single tokens at 2**24; MPS has no float64
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.values = torch.zeros(self.COUNT + 3 * num_channels, dtype=dtype, device=device)
+        self.values = torch.zeros(self.COUNT + self.OF_CHANNEL * num_channels, dtype=dtype, device=device)
 
     def add(
         self,
@@ -65,9 +66,10 @@ class TokenSums:
         )
         self.values.narrow(0, 0, self.COUNT).add_(torch.stack([self._number(part) for part in parts]))
         if channel is not None:
-            each = torch.stack([nll, tokens.p_correct, torch.ones_like(nll)], dim=1).to(self.values.dtype)  # [N, 3]
+            each = (nll, tokens.p_correct, tokens.is_top1.to(nll.dtype), torch.ones_like(nll))
+            each = torch.stack(each, dim=1).to(self.values.dtype)  # [N, 4]
             of_channels = self.values.narrow(0, self.COUNT, len(self.values) - self.COUNT)
-            of_channels.view(-1, 3).index_add_(0, channel, each)
+            of_channels.view(-1, self.OF_CHANNEL).index_add_(0, channel, each)
 
     def _number(self, value: torch.Tensor | int) -> torch.Tensor:
         """A scalar on the device; a number of the host is written there by a kernel, where a copy would wait."""
@@ -109,10 +111,12 @@ def health(sums: list[float], with_entropy: bool = False) -> dict[str, float]:
 
 
 def channel_averages(sums: list[float], names: Sequence[str]) -> dict[str, float]:
-    """channel/<name>/ce_loss and channel/<name>/p_correct of the sources that have tokens in `TokenSums.take`."""
+    """channel/<name>/ce_loss, p_correct and acc of the sources that have tokens in `TokenSums.take`."""
     result = {}
     for i, name in enumerate(names):
-        nll, p_correct, count = sums[TokenSums.COUNT + 3 * i : TokenSums.COUNT + 3 * (i + 1)]
+        start = TokenSums.COUNT + TokenSums.OF_CHANNEL * i
+        *found, count = sums[start : start + TokenSums.OF_CHANNEL]
         if count:
-            result |= {f"channel/{name}/ce_loss": nll / count, f"channel/{name}/p_correct": p_correct / count}
+            keys = (f"channel/{name}/{key}" for key in ("ce_loss", "p_correct", "acc"))
+            result |= {key: value / count for key, value in zip(keys, found, strict=True)}
     return result

@@ -9,7 +9,7 @@ import torch
 
 def recomputed(model, rows: Iterable[dict], alpha: float, channels: tuple[str, ...] = ()) -> dict[str, float]:
     """The metrics of the model on the rows; of each channel too, which a row's `channel` numbers."""
-    sums, of_channel, count = defaultdict(float), defaultdict(lambda: [0.0, 0.0, 0]), 0
+    sums, of_channel, count = defaultdict(float), defaultdict(lambda: [0.0, 0.0, 0, 0]), 0
     model = model.eval()
     for row in rows:
         ids, labels = torch.tensor([row["input_ids"]]), row["labels"]
@@ -31,8 +31,10 @@ def recomputed(model, rows: Iterable[dict], alpha: float, channels: tuple[str, .
             count += 1
             if channels:
                 some = of_channel[channels[row["channel"]]]
-                some[0], some[1], some[2] = some[0] + nll, some[1] + p, some[2] + 1
+                for i, value in enumerate((nll, p, int(log_p[t].argmax()) == labels[t + 1], 1)):
+                    some[i] += value
     metrics = {name: value / count for name, value in sums.items()}
-    for name, (nll, p, n) in of_channel.items():
-        metrics |= {f"channel/{name}/ce_loss": nll / n, f"channel/{name}/p_correct": p / n}
+    for name, (nll, p, correct, n) in of_channel.items():
+        own = {"ce_loss": nll / n, "p_correct": p / n, "acc": correct / n}
+        metrics |= {f"channel/{name}/{key}": value for key, value in own.items()}
     return metrics

@@ -94,4 +94,4 @@ def test_sources_without_tokens_have_no_metrics():
     sums = TokenSums(torch.device("cpu"), num_channels=2)
     add_one(sums, "cpu")
     found = channel_averages(sums.values.tolist(), ["a", "b"])
-    assert found == {"channel/a/ce_loss": 1.0, "channel/a/p_correct": 0.5}
+    assert found == {"channel/a/ce_loss": 1.0, "channel/a/p_correct": 0.5, "channel/a/acc": 1.0}
