@@ -103,13 +103,17 @@ class Printer(BaseStreamer):
             self._is_prompt = False
             return
         self.ids += value.flatten().tolist()
-        text, before = self._decode(self.ids[self._context :]), self._decode(self.ids[self._context : self._printed])
+        text = self._waiting()
         if not text.endswith("\ufffd"):  # a character made of several tokens, of which some are missing
-            print(text[len(before) :], end="", flush=True)
+            print(text, end="", flush=True)
             self._context, self._printed = self._printed, len(self.ids)
 
     def end(self) -> None:
-        print(flush=True)
+        print(self._waiting(), flush=True)
+
+    def _waiting(self) -> str:
+        before = self._decode(self.ids[self._context : self._printed])
+        return self._decode(self.ids[self._context :])[len(before) :]
 
 
 class Chat:
