@@ -25,7 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from dist_logger import UserError
 from process_group import program
-from scripts.trained_model import DTYPES, TrainedModel, load_trained
+from scripts.trained_model import DTYPES, TrainedModel, find_device, load_trained
 from template_turns import TEMPLATE_ERRORS
 
 HELP = "/reset forgets the conversation, /exit or an empty line ends it, Ctrl-C ends an answer."
@@ -54,30 +54,6 @@ def main(argv: list[str] | None = None) -> None:
         converse(chat)
     else:
         chat.answer(prompt)
-
-
-def find_device(name: str) -> torch.device:
-    """The device of that name; for "auto" the accelerator, where there is one.
-
-    Raises:
-        UserError: this machine hasn't got it.
-    """
-    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if name == "auto":
-        return there or torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device {name}: no such kind of device; use auto, cpu, cuda, cuda:1 or mps") from error
-    if device.type == "cpu":
-        return device
-    count = torch.accelerator.device_count() if there is not None and device.type == there.type else 0
-    if (device.index or 0) >= count:
-        others = (
-            "no accelerator that torch can use" if there is None else f"{torch.accelerator.device_count()} {there}"
-        )
-        raise UserError(f"--device {name} isn't there; this machine has cpu and {others}")
-    return device
 
 
 def read_pipe() -> str:
@@ -124,8 +100,10 @@ class Chat:
         self.max_new_tokens = max_new_tokens
         self.context = self.model.config.get_text_config().to_dict().get("max_position_embeddings", sys.maxsize)
         self.settings = copy.deepcopy(self.model.generation_config)
-        self.settings.update(eos_token_id=trained.end_tokens, do_sample=temperature > 0, max_length=None)
-        self.settings.pad_token_id = self.settings.pad_token_id or trained.end_tokens[0]
+        self.end_tokens = trained.end_tokens
+        self.settings.update(eos_token_id=self.end_tokens or None, do_sample=temperature > 0, max_length=None)
+        if self.settings.pad_token_id is None and self.end_tokens:
+            self.settings.pad_token_id = self.end_tokens[0]  # nothing is padded, but its lack is warned of
         if temperature > 0:
             self.settings.temperature = temperature
         else:
@@ -142,7 +120,7 @@ class Chat:
         """Prints the model's answer while it is made. Ended by Ctrl-C, it is kept as far as it got.
 
         Raises:
-            UserError: the conversation is too long, or the chat template refuses it; it is as before then.
+            UserError: the conversation is too long for the model or the device, or the chat template refuses it.
         """
         messages = [*self.messages, {"role": "user", "content": said}]
         inputs = self._tokens(messages).to(self.model.device)
@@ -156,10 +134,15 @@ class Chat:
         except KeyboardInterrupt:
             printer.end()
             raise
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"{self.model.device} has no memory for {length} tokens and their answer: {error}"
+            ) from error
         finally:
             text = self.tokenizer.decode(printer.ids, skip_special_tokens=True)
-            self.messages = [*messages, {"role": "assistant", "content": text}]
-        if printer.ids[-1] not in self.settings.eos_token_id:
+            if text:
+                self.messages = [*messages, {"role": "assistant", "content": text}]
+        if printer.ids[-1] not in self.end_tokens:
             full = self.settings.max_new_tokens < self.max_new_tokens
             why = f"the model's context of {self.context} tokens is full" if full else "see --max_new_tokens"
             print(f"(cut after {len(printer.ids)} tokens: {why})", file=sys.stderr)

@@ -80,7 +80,7 @@ def save(trained: TrainedModel, path: Path, max_shard_size: str) -> None:
     Raises:
         UserError: they can't be written.
     """
-    trained.model.generation_config.eos_token_id = trained.end_tokens
+    trained.model.generation_config.eos_token_id = trained.end_tokens or None
     try:
         trained.model.save_pretrained(path, max_shard_size=max_shard_size)
         trained.tokenizer.save_pretrained(path)

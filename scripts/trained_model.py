@@ -1,4 +1,4 @@
-"""Loads what a training left: a whole model, a checkpoint, or an adapter with its base model."""
+"""Loads what a training left, onto a device: a whole model, a checkpoint, or an adapter with its base model."""
 
 import sys
 import warnings
@@ -29,6 +29,29 @@ class TrainedModel:
     is_adapter: bool
 
 
+def find_device(name: str) -> torch.device:
+    """The device of that name; for "auto" the accelerator, where there is one.
+
+    Raises:
+        UserError: this machine hasn't got it.
+    """
+    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name == "auto":
+        return there or torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: no such kind of device; use auto, cpu, cuda, cuda:1 or mps") from error
+    if device.type == "cpu":
+        return device
+    if there is None:
+        raise UserError(f"--device {name} isn't there; this machine has cpu and no accelerator that torch can use")
+    count = torch.accelerator.device_count()
+    if device.type != there.type or (device.index or 0) >= count:
+        raise UserError(f"--device {name} isn't there; this machine has cpu and {count} x {there}")
+    return device
+
+
 def load_trained(directory: Path, device: torch.device | str = "cpu", dtype: str = "auto") -> TrainedModel:
     """Loads a model or an adapter, its tokenizer, and the tokens that end an answer.
 
@@ -46,11 +69,12 @@ def load_trained(directory: Path, device: torch.device | str = "cpu", dtype: str
         has_tokenizer = (directory / "tokenizer_config.json").is_file()
         source = model.name_or_path if is_adapter and not has_tokenizer else str(directory)
         tokenizer = AutoTokenizer.from_pretrained(source)
+        model = model.to(device).eval()
     except UserError:
         raise
     except LOADING_ERRORS as error:
         raise UserError(f"{directory}: the model can't be loaded: {error}") from error
-    return TrainedModel(model.to(device).eval(), tokenizer, find_end_tokens(model, tokenizer), is_adapter)
+    return TrainedModel(model, tokenizer, find_end_tokens(model, tokenizer), is_adapter)
 
 
 def load_model(name: str, dtype: str) -> PreTrainedModel:

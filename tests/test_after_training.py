@@ -237,6 +237,18 @@ def test_devices():
         chat.find_device("gpu")
 
 
+def test_devices_of_a_machine_with_gpus(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    assert [chat.find_device(name) for name in ("auto", "cuda", "cuda:1", "cpu")] == [
+        *(torch.device("cuda"), torch.device("cuda"), torch.device("cuda:1"), torch.device("cpu"))
+    ]
+    for name in ("cuda:2", "mps"):
+        with pytest.raises(UserError, match=f"--device {name} isn't there; this machine has cpu and 2 x cuda"):
+            chat.find_device(name)
+
+
 def test_what_cannot_be_loaded(adapter, tiny_model, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="not a model directory: neither config.json nor adapter_config.json"):
         load_trained(tmp_path)
