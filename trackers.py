@@ -2,11 +2,7 @@
 
 import json
 import os
-import shlex
-import subprocess
-import sys
 from functools import partialmethod
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -117,17 +113,15 @@ def why_not_online_wandb() -> str:
 # ---- the start of a run -------------------------------------------------------------------------
 
 
-def start_trackers(
-    args: TrainingArguments, settings: dict[str, Any], files: dict[str, int], is_resumed: bool = False
-) -> list[str]:
+def start_trackers(args: TrainingArguments, about: dict[str, Any], is_resumed: bool = False) -> list[str]:
     """Starts those of `report_to` that have to be started early, and returns the usable ones. Rank 0 alone tracks.
 
     A run that is resumed goes on in the trackers where it stopped.
 
     Args:
-        settings, files: recorded with the run, see `about_run`.
+        about: recorded with the run, see run_facts.about_run.
     """
-    about, ids = about_run(settings, files), TrackerIds(args.output_dir, is_resumed)
+    ids = TrackerIds(args.output_dir, is_resumed)
     usable = []
     for name in args.report_to:
         start = {"swanlab": start_swanlab, "wandb": start_wandb}.get(name)
@@ -138,27 +132,6 @@ def start_trackers(
         except Exception as error:  # whatever it is, a tracker must not end a training run
             logger.warning("--report_to %s: it can't start, going on without it: %s", name, error)
     return usable
-
-
-def about_run(settings: dict[str, Any], files: dict[str, int]) -> dict[str, Any]:
-    """What a run was: its own settings, rows by data file, versions, the commit of the code, the command line."""
-    packages = ("torch", "transformers", "accelerate", "deepspeed", "datasets")
-    return {
-        "dft": settings,
-        "data_rows": files,
-        "versions": {name: version(name) for name in packages},
-        "git_commit": _git_commit(),
-        "command_line": shlex.join(sys.argv),
-    }
-
-
-def _git_commit() -> str | None:
-    """The commit of the code; None where it is not in a git repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 class TrackerIds:

@@ -12,6 +12,7 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -24,7 +25,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from arguments import DataArguments, ModelArguments
+from arguments import DataArguments, DFTArguments, ModelArguments
 from attention import choose_attention
 from batch_plan import BatchPlan, choose_batching
 from channels import Channels
@@ -37,7 +38,9 @@ from data_report import report_table, show_row, write_report
 from data_utils import PreparedData, load_prepared, prepare_in_cache
 from dft_trainer import DFTTrainer
 from dist_logger import UserError, get_logger, make_directory, quiet_libraries, setup_logging
+from model_card import write_card
 from process_group import once_per_node, program
+from run_facts import about_run, write_run
 from trackers import check_trackers, guard_trackers, start_trackers
 from tracking import Curves, TrainLog, plot_curves
 from training_arguments import DFTTrainingArguments
@@ -64,21 +67,17 @@ def main(argv: list[str] | None = None) -> None:
     data = load_data(data_args, args, tokenizer, plan, logging_args.channels)
     if data_args.dry_run:
         return
-    rows = {entry["path"]: entry["kept"] for entry in data.report["files"]}
-    args.report_to = start_trackers(args, vars(dft_args), rows, is_resumed=checkpoint is not None)
+    settings = {"model": model_args, "data": data_args, "dft": dft_args}
+    about = about_run({name: vars(some) for name, some in settings.items()}, args, data.report)
+    if args.process_index == 0:
+        write_run(about, Path(args.output_dir))
+    args.report_to = start_trackers(args, about, is_resumed=checkpoint is not None)
     model = load_model(model_args, args, config, attention)
 
     trainer = DFTTrainer(
         model,
         args,
-        dft_alpha=dft_args.alpha,
-        dft_gamma=dft_args.dft_gamma,
-        dft_floor=dft_args.dft_floor,
-        dft_alpha_warmup_ratio=dft_args.dft_alpha_warmup_ratio,
-        plain_tokens=special_tokens(tokenizer) if dft_args.dft_special_tokens == "ce" else (),
-        loss_normalization=dft_args.loss_normalization,
-        fused_loss=dft_args.fused_loss,
-        loss_chunk_mb=dft_args.loss_chunk_mb,
+        **loss_settings(dft_args, tokenizer),
         source_of_row=data.source_of,
         log_metrics_steps=logging_args.log_metrics_steps,
         row_lengths=data.lengths,
@@ -97,6 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     save(trainer, result.metrics)
     if args.process_index == 0:
         plot_curves(trainer.state.log_history, Path(args.output_dir) / "training_curves.png")
+        write_card(about, data.report, args, trainer.state.log_history)
         print(summary(trainer))
 
 
@@ -163,6 +163,20 @@ def load_tokenizer(model_args: ModelArguments, data_args: DataArguments) -> PreT
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def loss_settings(dft_args: DFTArguments, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What DFTTrainer is told of the loss."""
+    return {
+        "dft_alpha": dft_args.alpha,
+        "dft_gamma": dft_args.dft_gamma,
+        "dft_floor": dft_args.dft_floor,
+        "dft_alpha_warmup_ratio": dft_args.dft_alpha_warmup_ratio,
+        "plain_tokens": special_tokens(tokenizer) if dft_args.dft_special_tokens == "ce" else (),
+        "loss_normalization": dft_args.loss_normalization,
+        "fused_loss": dft_args.fused_loss,
+        "loss_chunk_mb": dft_args.loss_chunk_mb,
+    }
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -1,9 +1,6 @@
 """What a run shows while it trains: a line for each record, trackers that may fail, curves at every save."""
 
-import json
 import os
-import sys
-from importlib.metadata import version
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +9,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from console import print_lines, record_line, summary
 from dist_logger import UserError
-from trackers import GuardedTracker, TrackerIds, about_run, check_trackers, guard_trackers
+from trackers import GuardedTracker, TrackerIds, check_trackers, guard_trackers
 from tracking import Curves
 
 
@@ -183,16 +180,6 @@ def test_a_resumed_run_goes_on_in_its_trackers(tmp_path):
     assert anew.to_go_on("swanlab") == {}
 
 
-def test_what_is_recorded_of_a_run(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train_dft.py", "--data_files", "a b.jsonl"])
-    about = about_run({"dft_alpha": 0.7}, {"a b.jsonl": 3})
-    assert about["dft"] == {"dft_alpha": 0.7}
-    assert about["data_rows"] == {"a b.jsonl": 3}
-    assert about["versions"]["torch"] == version("torch")
-    assert about["command_line"] == "train_dft.py --data_files 'a b.jsonl'"
-    json.dumps(about)
-
-
 def test_the_last_step_is_recorded(make_trainer):
     trainer = make_trainer(max_steps=3, logging_steps=2)
     trainer.train()
@@ -218,9 +205,3 @@ def test_a_run_ends_with_a_summary(make_trainer):
         first, *_, last = [r[key] for r in trainer.state.log_history if key in r]
         assert f" {first:.4f} at step 1 -> {last:.4f} at step 3" in text
     assert f"python scripts/chat.py {trainer.args.output_dir}" in text
-
-
-def test_code_outside_a_repository_has_no_commit(monkeypatch, tmp_path):
-    monkeypatch.setattr("trackers.__file__", str(tmp_path / "trackers.py"))
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert about_run({}, {})["git_commit"] is None

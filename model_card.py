@@ -1,0 +1,188 @@
+"""The model card: what a model was made from, on what data, how, with what results, and its limits."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from dist_logger import get_logger
+from tracking import series
+
+logger = get_logger(__name__)
+
+EVALUATION_LIMIT = (
+    "Evaluation, if there was any, is of chat rows, token by token. It says nothing about how well answers serve a "
+    "purpose, nor about safety, bias or facts; none of that was measured."
+)
+MARK = "<!-- Written by train_dft.py; it replaces this file as long as this line is in it. -->"
+HYPERPARAMETERS = (
+    "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay",
+    "max_grad_norm", "optim", "per_device_train_batch_size", "max_tokens_per_batch", "gradient_accumulation_steps",
+    "world_size", "bf16", "fp16", "seed",
+)  # fmt: skip
+
+
+def write_card(
+    about: dict[str, Any], report: dict[str, Any], args: TrainingArguments, history: list[dict[str, Any]]
+) -> None:
+    """Writes the model card, README.md of the output directory, unless a file of this name is somebody else's.
+
+    Args:
+        report: see data_report.make_report.
+        history: the trainer's log.
+    """
+    path = Path(args.output_dir) / "README.md"
+    if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
+        logger.warning("%s is not one that was written here: it is kept, and no model card is written", path)
+        return
+    path.write_text(model_card(about, report, args, history), encoding="utf-8")
+
+
+def model_card(
+    about: dict[str, Any], report: dict[str, Any], args: TrainingArguments, history: list[dict[str, Any]]
+) -> str:
+    """A model card in the hub's format, see `write_card`."""
+    base, name = _name(about["model"]["model_name_or_path"]), Path(args.output_dir).resolve().name
+    # a directory is no name on the hub
+    base_line = f"base_model: {base}\n" if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else ""
+    alpha = _alpha(about["dft"])
+    loss = "plain cross-entropy (SFT)" if alpha == 0 else "the DFT loss (Dynamic Fine-Tuning, arXiv 2508.05629)"
+    return f"""\
+---
+{base_line}library_name: transformers
+pipeline_tag: text-generation
+tags:
+- dft
+- {"sft" if alpha == 0 else "dynamic-fine-tuning"}
+---
+{MARK}
+
+# {name}
+
+`{base}`, fine-tuned with {loss}.{_formula(alpha)}
+
+## Data
+
+{_data_table(report)}
+
+{_held_out(about, report)}
+
+## Training
+
+{_table(("setting", "value"), _settings(about, args))}
+
+## Results
+
+{_table(("", "first", "last"), _results(history))}
+
+Cross-entropy in nats per supervised token. {_best(history, args)}
+
+## Limits
+
+- {EVALUATION_LIMIT}
+- {_weight_limit(about["dft"])}
+- What the base model and the data are licensed for holds for this model too.
+
+## Use
+
+```python
+from transformers import pipeline
+
+chat = pipeline("text-generation", "{name}")  # the directory of this file, or its name on the hub
+print(chat([{{"role": "user", "content": "Hello"}}], max_new_tokens=256)[0]["generated_text"][-1]["content"])
+```
+
+Made with {", ".join(f"{package} {number}" for package, number in about["versions"].items())}\
+{f"; code at commit {about['git_commit'][:12]}" if about["git_commit"] else ""}.
+"""
+
+
+def _formula(alpha: float) -> str:
+    if alpha == 0:
+        return ""
+    return (
+        " The cross-entropy of each assistant token is weighted by max(floor, α·p^γ + 1 − α), where p is the model's "
+        f"own probability of the token, without gradient; here α = {alpha:g}."
+    )
+
+
+def _alpha(dft: dict[str, Any]) -> float:
+    return dft["dft_alpha"] if dft["use_simple_dft"] else 0.0
+
+
+def _name(model: str) -> str:
+    """A model's name: of a directory its last part, for the others are a matter of one machine."""
+    return Path(model).resolve().name if Path(model).exists() else model
+
+
+def _table(header: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
+    rows = [header, ("---", *["---:"] * (len(header) - 1)), *lines]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '¦') for cell in row)} |" for row in rows)
+
+
+def _data_table(report: dict[str, Any]) -> str:
+    lines = [
+        (
+            Path(entry["path"]).name,
+            f"{entry['rows_read']:,}",
+            f"{entry['kept']:,}",
+            f"{entry['tokens']:,}",
+            f"{entry['supervised_tokens']:,}",
+        )
+        for entry in report["files"]
+    ]
+    return _table(("file", "rows read", "rows used", "tokens", "supervised tokens"), lines)
+
+
+def _held_out(about: dict[str, Any], report: dict[str, Any]) -> str:
+    data, total = about["data"], report["total"]
+    used = f"{total['training_rows_per_epoch']:,} rows were trained on in an epoch"
+    if data["eval_data_files"]:
+        files = ", ".join(Path(path).name for path in data["eval_data_files"])
+        return f"{used}; {files} were for the evaluation."
+    if data["validation_split_percentage"]:
+        return f"{used}; {data['validation_split_percentage']:g} % of the rows were held out for the evaluation."
+    return f"{used}; none were held out."
+
+
+def _settings(about: dict[str, Any], args: TrainingArguments) -> list[tuple[str, str]]:
+    dft = {name: value for name, value in about["dft"].items() if name not in ("dft_alpha", "use_simple_dft")}
+    own = {"max_length": about["data"]["max_length"], "train_on": about["data"]["train_on"]}
+    training = {name: getattr(args, name) for name in HYPERPARAMETERS}
+    if 0 < training["warmup_steps"] < 1:
+        training["warmup_ratio"] = training.pop("warmup_steps")
+    values = {**dft, **own, "torch_dtype": about["model"]["torch_dtype"], **training}
+    return [(name, str(getattr(value, "value", value))) for name, value in values.items() if value not in (None, -1)]
+
+
+def _results(history: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    lines = []
+    for name, key in (
+        ("cross-entropy, training", "ce_loss"),
+        ("mean probability of the correct token, training", "train/avg_p_correct"),
+        ("cross-entropy, evaluation", "eval_ce_loss"),
+        ("perplexity, evaluation", "eval_perplexity"),
+        ("mean probability of the correct token, evaluation", "eval_avg_p_correct"),
+        ("token accuracy, evaluation", "eval_acc"),
+    ):
+        steps, values = series(history, key)
+        if steps:
+            lines.append((name, f"{values[0]:.4f} (step {steps[0]})", f"{values[-1]:.4f} (step {steps[-1]})"))
+    return lines
+
+
+def _best(history: list[dict[str, Any]], args: TrainingArguments) -> str:
+    if not args.load_best_model_at_end:
+        return "The weights are those of the last step."
+    return f"The weights are those of the checkpoint with the best {args.metric_for_best_model}."
+
+
+def _weight_limit(dft: dict[str, Any]) -> str:
+    least = max(dft["dft_floor"], 1 - _alpha(dft))
+    if least == 1:
+        return "Trained on rows of chats, it may repeat what they say, right or wrong."
+    return (
+        "DFT sharpens what the base model already finds likely. Tokens that it hardly expects got little gradient "
+        f"(down to {least:g} of that of plain cross-entropy), so that knowledge new to it may not have been learnt."
+    )

@@ -1,0 +1,171 @@
+"""Evaluate a model on chat files: cross-entropy, perplexity, p_correct and accuracy, over all and of each source.
+
+    python scripts/evaluate.py outputs/dft --data_files eval.jsonl
+    torchrun --nproc-per-node 8 scripts/evaluate.py outputs/dft --data_files data/ --output scores.json
+
+The numbers are those of the training's own evaluation on the same rows: what isn't given here is as it was there,
+by the run.json that lies in the model's directory or beside the checkpoint.
+"""
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from arguments import DFTArguments
+from batching import PaddingCollator
+from channels import Channels
+from chat_format import ChatFormat
+from data_cache import CACHE_DIRECTORY
+from data_formats import FORMATS
+from data_utils import PreparedData, load_prepared, prepare_in_cache
+from dft_trainer import DFTTrainer
+from dist_logger import UserError, quiet_libraries, setup_logging
+from process_group import has_accelerator, once_per_node, program
+from run_facts import read_run
+from scripts.trained_model import DTYPES, TrainedModel, load_trained
+from train_dft import loss_settings
+from training_arguments import DFTTrainingArguments
+
+COLUMNS = {"CE": "ce_loss", "perplexity": "perplexity", "p_correct": "avg_p_correct", "accuracy": "acc"}
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    check_output(args.output)
+    setup_logging()
+    quiet_libraries(progress_bars=False)
+    run = read_run(args.model)
+    trained = load_trained(args.model, "cpu", args.dtype)
+    data = load_data(args, trained, run.get("data", {}))
+    metrics = evaluate(args, trained, data, run)
+    if metrics is None:  # another rank says it
+        return
+    print(table(metrics, data))
+    if args.output:
+        args.output.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="directory of a trained model, checkpoint or adapter")
+    parser.add_argument("--data_files", nargs="+", required=True, help="files, directories, globs; all rows are used")
+    parser.add_argument("--data_format", choices=("auto", *FORMATS), help="as in the training, else auto")
+    parser.add_argument("--max_length", type=int, help="in tokens; as in the training, else 8192")
+    parser.add_argument("--channels", choices=get_args(Channels), default="auto", help="sources that are told apart")
+    parser.add_argument("--batch_size", type=int, default=8, help="rows at once, on each device; by default 8")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="by default what the model is saved in")
+    parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="by default GPUs, if there are any")
+    parser.add_argument("--output", type=Path, help="JSON file to write the numbers to")
+    args = parser.parse_args(argv)
+    if args.batch_size < 1 or (args.max_length is not None and args.max_length < 1):
+        raise UserError("--batch_size and --max_length must be at least 1")
+    return args
+
+
+def check_output(path: Path | None) -> None:
+    """Raises UserError where the file can't be written, before the evaluation is done for nothing."""
+    if path is None:
+        return
+    try:
+        path.open("a", encoding="utf-8").close()
+    except OSError as error:
+        raise UserError(f"--output {path} can't be written: {error.strerror}") from error
+
+
+def load_data(args: argparse.Namespace, trained: TrainedModel, settings: dict[str, Any]) -> PreparedData:
+    """All rows of the files, tokenised and labelled as in the training, of which these are the settings."""
+    role_map = dict(pair.split("=") for pair in settings.get("role_map") or [])
+    chat_format = ChatFormat(trained.tokenizer, settings.get("train_on", "all"), settings.get("mask_thinking", False))
+    prepare = partial(
+        prepare_in_cache,
+        args.data_files,
+        None,
+        chat_format,
+        data_format=args.data_format or settings.get("data_format", "auto"),
+        role_map=role_map,
+        max_length=args.max_length or settings.get("max_length", 8192),
+        truncation=settings.get("truncation", "right"),
+        dedup=False,
+        drop_leaked=False,
+        validation_split_percentage=0.0,
+        max_eval_samples=None,
+        data_validation=settings.get("data_validation", "standard"),
+        seed=42,
+        num_workers=settings.get("preprocessing_num_workers", 8),
+        cache_dir=settings.get("data_cache_dir") or CACHE_DIRECTORY,
+        overwrite_cache=False,
+        progress=False,
+    )
+    return load_prepared(once_per_node(prepare), args.channels)
+
+
+class Evaluation(DFTTrainer):
+    """A trainer whose records nobody reads."""
+
+    def log(self, *_: Any) -> None:
+        pass
+
+
+def evaluate(
+    args: argparse.Namespace, trained: TrainedModel, data: PreparedData, run: dict[str, Any]
+) -> dict[str, float] | None:
+    """The metrics, on rank 0.
+
+    Args:
+        run: see read_run; without the settings of the loss, what depends on them is left out.
+    """
+    own = loss_settings(DFTArguments(**run["dft"]), trained.tokenizer) if "dft" in run else {}
+    with tempfile.TemporaryDirectory() as directory:
+        training = DFTTrainingArguments(
+            output_dir=directory,
+            per_device_eval_batch_size=args.batch_size,
+            use_cpu=args.device == "cpu" or not has_accelerator(),
+            bf16=args.dtype == "auto" and run.get("training", {}).get("bf16", False),
+            report_to=["none"],
+            disable_tqdm=not sys.stderr.isatty(),
+        )
+        trainer = Evaluation(
+            trained.model,
+            training,
+            **own,
+            channels=data.channels,
+            data_collator=PaddingCollator(trained.tokenizer),
+            eval_dataset=data.train,
+        )
+        metrics = trainer.evaluate(metric_key_prefix="eval")
+    if training.process_index != 0:
+        return None
+    names = ("ce_loss", "perplexity", "avg_p_correct", "acc", "p_below_0.01", "p_above_0.99")
+    kept = (*names, "loss", "mean_weight") if own else names
+    metrics = {key.removeprefix("eval_"): value for key, value in metrics.items()}
+    return {key: value for key, value in metrics.items() if key in kept or key.startswith("channel/")}
+
+
+def table(metrics: dict[str, float], data: PreparedData) -> str:
+    """The metrics of all rows and of each source, and what they were made from."""
+    lines = [("", *COLUMNS), ("all", *(f"{metrics[key]:.4f}" for key in COLUMNS.values()))]
+    for name in data.channels:
+        ce, p_correct, acc = (metrics.get(f"channel/{name}/{key}") for key in ("ce_loss", "p_correct", "acc"))
+        if ce is not None:
+            perplexity = math.exp(min(ce, 700.0))
+            lines.append((name, *(f"{value:.4f}" for value in (ce, perplexity, p_correct, acc))))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [
+        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+        for line in lines
+    ]
+    total = data.report["total"]
+    dropped = total["rows_read"] - total["kept"]
+    text.append(f"{total['kept']:,} rows, {total['supervised_tokens']:,} supervised tokens; {dropped:,} rows dropped")
+    return "\n".join(text)
+
+
+if __name__ == "__main__":
+    with program():
+        main()

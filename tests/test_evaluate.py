@@ -1,0 +1,80 @@
+"""scripts/evaluate.py gives the numbers of the training's own evaluation, and one message for a mistake."""
+
+import json
+import shutil
+
+import pytest
+from conftest import write_jsonl
+
+from dist_logger import UserError
+from scripts import evaluate
+
+KEYS = ("ce_loss", "perplexity", "avg_p_correct", "acc")
+
+
+@pytest.mark.launch
+def test_the_numbers_are_those_of_the_training(train, chat_file, tmp_path, capsys):
+    """With settings of data and loss that are not the defaults; of the model, and of a checkpoint."""
+    rows = [json.loads(text) for text in chat_file.read_text().splitlines()]
+    files = [write_jsonl(tmp_path / f"{name}.jsonl", some) for name, some in (("a", rows[:9]), ("b", rows[9:15]))]
+    flags = ("--eval_data_files", *files, "--max_length", 48, "--train_on", "last", "--dft_alpha", 0.6)
+    flags += (
+        "--dft_floor",
+        0.1,
+        "--loss_normalization",
+        "turn",
+        "--dft_special_tokens",
+        "ce",
+        "--learning_rate",
+        0.01,
+    )
+    train(*flags, "--save_steps", 1, "--eval_steps", 1, "--channels", "file", NPROC="1")
+    out = tmp_path / "out"
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    for model, step in ((out, 2), (out / "checkpoint-1", 1)):
+        scores = tmp_path / f"scores{step}.json"
+        evaluate.main([str(model), "--data_files", *map(str, files), "--output", str(scores), "--batch_size", "3"])
+        found = json.loads(scores.read_text())
+        expected = next(r for r in history if r["step"] == step and "eval_ce_loss" in r)
+        assert {"loss", "ce_loss", "perplexity", "avg_p_correct", "acc", "channel/a/acc", "channel/b/ce_loss"} <= set(
+            found
+        )
+        for key, value in found.items():
+            assert value == pytest.approx(expected[f"eval_{key}"], rel=1e-6), key
+    assert found["ce_loss"] != pytest.approx(json.loads((tmp_path / "scores2.json").read_text())["ce_loss"], rel=1e-4)
+    header, everything, a, b, counts = capsys.readouterr().out.splitlines()[-5:]
+    assert header.split() == ["CE", "perplexity", "p_correct", "accuracy"]
+    assert everything.split() == [
+        "all",
+        *(f"{found[k]:.4f}" for k in ("ce_loss", "perplexity", "avg_p_correct", "acc")),
+    ]
+    assert [a.split()[0], b.split()[0]] == ["a", "b"]
+    assert counts.startswith("15 rows, ")
+
+
+def test_a_model_from_elsewhere_has_no_settings(tiny_model, chat_file, capsys):
+    """Those of the loss are not guessed: what depends on them is left out."""
+    evaluate.main([str(tiny_model), "--data_files", str(chat_file)])
+    assert "perplexity" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data_files", "no.jsonl"], "no.jsonl: no such file"),
+        (["--batch_size", "0"], "--batch_size and --max_length must be at least 1"),
+        (["--output", "/proc/x/y.json"], "--output /proc/x/y.json can't be written"),
+    ],
+)
+def test_mistakes(tiny_model, chat_file, flags, message):
+    with pytest.raises(UserError, match=message):
+        evaluate.main([str(tiny_model), "--data_files", str(chat_file), *flags])
+
+
+def test_a_directory_that_is_no_model(tmp_path, chat_file, tiny_model):
+    with pytest.raises(UserError, match="is not a model directory"):
+        evaluate.main([str(tmp_path), "--data_files", str(chat_file)])
+    shutil.copytree(tiny_model, tmp_path / "broken")
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(UserError, match="the model can't be loaded"):
+        evaluate.main([str(tmp_path / "broken"), "--data_files", str(chat_file)])
