@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, default_logdir
 
 from dist_logger import get_logger
 
@@ -44,6 +44,8 @@ def start_trackers(
                 start_swanlab(args, about, ids)
             elif name == "wandb":
                 start_wandb(args, about, ids)
+            elif name == "tensorboard":
+                name_tensorboard(args)
             INTEGRATION_TO_CALLBACK[name]()  # says what is missing
             usable.append(name)
         except Exception as error:  # whatever it is, a tracker must not end a training run
@@ -107,6 +109,8 @@ def start_swanlab(args: TrainingArguments, about: dict[str, Any], ids: TrackerId
             log_dir,
         )
     os.makedirs(log_dir, exist_ok=True)
+    if mode == "local":  # whose page shows a nested setting as [object Object]
+        about = {name: json.dumps(value) if isinstance(value, dict) else value for name, value in about.items()}
     settings = {"project": project, "name": args.run_name, "mode": mode, "log_dir": log_dir, "config": about}
     run = swanlab.init(**settings, **ids.to_go_on("swanlab"))
     ids.keep("swanlab", run.id)
@@ -131,6 +135,18 @@ def start_wandb(args: TrainingArguments, about: dict[str, Any], ids: TrackerIds)
     settings = {"project": project, "name": args.run_name, "mode": mode, "dir": directory, "config": about}
     run = wandb.init(**settings, **ids.to_go_on("wandb"))
     ids.keep("wandb", run.id)
+
+
+def name_tensorboard(args: TrainingArguments) -> None:
+    """Lets TensorBoard list the run by its name, which is that of its directory. TENSORBOARD_LOGGING_DIR is respected.
+
+    A second run of a name, resumed or anew, gets the time in its name: in one directory the curves would be mixed.
+    """
+    if args.run_name and "TENSORBOARD_LOGGING_DIR" not in os.environ:
+        directory = Path(args.output_dir, "runs", args.run_name.replace(os.sep, "_"))
+        if directory.exists():
+            directory = directory.with_name(f"{directory.name}_{Path(default_logdir()).name}")
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(directory)
 
 
 class GuardedTracker(TrainerCallback):

@@ -12,13 +12,20 @@ from conftest import ROOT, read_log, run
 from command_line import known_options
 
 READMES = ["README.md", "README.zh.md"]
-OTHERS = ["CONTRIBUTING.md", "docs/batches.md", "docs/data.md", "docs/loss.md", "ds_config/README.md"]
+OTHERS = [
+    "CONTRIBUTING.md",
+    "docs/batches.md",
+    "docs/dashboards.md",
+    "docs/data.md",
+    "docs/loss.md",
+    "ds_config/README.md",
+]
 MADE_BY_A_RUN = {  # named in the documents, made when the program runs
     "data_report.json", "rejected.jsonl", "training_curves.png", "train_log.jsonl", "all_results.json",
     "trainer_state.json", "training_args.json", "train_distributed.log", "my_run.yaml", "more.json", "train.jsonl",
     "eval.jsonl", "chats.jsonl", "tracker_ids.json",
 }  # fmt: skip
-FLAGS_OF_OTHERS = {"--no-build-isolation", "--help", "--size"}  # of pip, of all, of a benchmark
+FLAGS_OF_OTHERS = {"--no-build-isolation", "--help", "--size", "--logdir", "--port"}  # of pip, of all, of programs
 
 
 @pytest.mark.parametrize("name", READMES + OTHERS)
@@ -68,7 +75,7 @@ def test_constraints_cover_the_requirements():
     constraints = (ROOT / "constraints.txt").read_text().splitlines()
     pinned = {line.split("==")[0].lower() for line in constraints if "==" in line}
     for line in (ROOT / "requirements.txt").read_text().splitlines():
-        package = re.split(r"[<>=# ]", line)[0].lower()
+        package = re.split(r"[<>=#\[ ]", line)[0].lower()
         assert not package or package in pinned, package
 
 

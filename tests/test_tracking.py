@@ -1,15 +1,16 @@
 """What a run shows while it trains: a line for each record, trackers that may fail, curves at every save."""
 
 import json
+import os
 import sys
 from importlib.metadata import version
 
 import pytest
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from console import print_lines, record_line
-from tracking import Curves, GuardedTracker, TrackerIds, about_run, guard_trackers
+from tracking import Curves, GuardedTracker, TrackerIds, about_run, guard_trackers, name_tensorboard
 
 
 def test_a_record_is_one_line():
@@ -124,6 +125,23 @@ def test_what_is_recorded_of_a_run(monkeypatch):
     assert about["versions"]["torch"] == version("torch")
     assert about["command_line"] == "train_dft.py --data_files 'a b.jsonl'"
     json.dumps(about)
+
+
+def test_tensorboards_directory_has_the_name_of_the_run(monkeypatch, tmp_path):
+    name = "TENSORBOARD_LOGGING_DIR"
+    args = TrainingArguments(output_dir=str(tmp_path), run_name="first/try", report_to="none")
+    monkeypatch.setenv(name, "chosen")
+    name_tensorboard(args)
+    assert os.environ[name] == "chosen"
+    monkeypatch.delenv(name)
+    name_tensorboard(args)
+    assert os.environ[name] == str(tmp_path / "runs" / "first_try")
+    os.makedirs(os.environ.pop(name))
+    name_tensorboard(args)
+    assert os.environ[name].startswith(str(tmp_path / "runs" / "first_try_"))
+    os.environ.pop(name)
+    name_tensorboard(TrainingArguments(output_dir=str(tmp_path), report_to="none"))
+    assert name not in os.environ
 
 
 def test_code_outside_a_repository_has_no_commit(monkeypatch, tmp_path):
