@@ -23,7 +23,7 @@ class PaddingCollator(DataCollatorForSeq2Seq):
     """Pads rows to the longest of a batch, on the right, to a multiple of 8 tokens.
 
     A batch holds input_ids, attention_mask, labels (-100 on padding) and, where the rows have them,
-    loss_weights (float32); each [B, T].
+    loss_weights (float32); each [B, T]. Where rows have a channel (int), it is kept as [B].
     """
 
     def __init__(self, tokenizer):
@@ -48,7 +48,8 @@ class FlatteningCollator:
 
     A batch holds input_ids, labels, position_ids and, where a row has them, loss_weights, each [1, S]; and for
     attention cu_seq_lens_q and cu_seq_lens_k, int32 [documents + 1], max_length_q and max_length_k, ints, and
-    use_cache, False: with a cache transformers doesn't look for borders.
+    use_cache, False: with a cache transformers doesn't look for borders. Where rows have a channel (int), it is
+    kept as [documents].
     """
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
@@ -70,6 +71,8 @@ class FlatteningCollator:
                 for row, n in zip(rows, lengths, strict=True)
             ]
             batch["loss_weights"] = torch.cat([torch.as_tensor(some, dtype=torch.float32) for some in weights])[None]
+        if "channel" in rows[0]:
+            batch["channel"] = torch.tensor([row["channel"] for row in rows])
         return batch
 
 
@@ -92,6 +95,19 @@ def document_lengths(inputs: dict[str, Any]) -> torch.Tensor:
         return inputs["attention_mask"].sum(1)
     rows, length = inputs["input_ids"].shape
     return borders_of_positions(inputs.get("position_ids"), rows, length, inputs["input_ids"].device).diff()
+
+
+def token_channels(channel: torch.Tensor, labels: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+    """The channel of each position, [B, T], from that of each document of a batch, [documents].
+
+    Args:
+        labels: [B, T].
+        inputs: of the model; what tells documents of one row apart.
+    """
+    if len(channel) == len(labels) and "cu_seq_lens_q" not in inputs:
+        return channel[:, None].expand_as(labels)
+    lengths = document_lengths(inputs)
+    return torch.repeat_interleave(channel, lengths, output_size=labels.numel()).view_as(labels)
 
 
 def borders_of_positions(

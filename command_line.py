@@ -10,16 +10,10 @@ from typing import Any, get_origin
 import yaml
 from transformers import HfArgumentParser
 
-from arguments import (
-    DataArguments,
-    DFTArguments,
-    DFTTrainingArguments,
-    LoggingArguments,
-    ModelArguments,
-    did_you_mean,
-)
+from arguments import DataArguments, DFTArguments, LoggingArguments, ModelArguments, did_you_mean
 from dist_logger import UserError
 from packing import round_up
+from training_arguments import DFTTrainingArguments
 
 
 class HelpFormatter(argparse.HelpFormatter):

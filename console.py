@@ -1,10 +1,13 @@
-"""What a run says of itself while it trains, where there is no terminal for a progress bar."""
+"""What a run says of itself: a line for each record where there is no progress bar, and a summary at the end."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
+
+from tracking import series
 
 FIELDS = {  # of a record: its key, what it is called, and how it is written
     "loss": ("loss", ".4f"),
@@ -27,6 +30,12 @@ EVALUATION_FIELDS = {
 }
 
 
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
 def record_line(logs: dict[str, Any], step: int, max_steps: int, seconds_left: float | None = None) -> str | None:
     """A log record as one line; None for a record of another kind than training and evaluation.
 
@@ -37,8 +46,7 @@ def record_line(logs: dict[str, Any], step: int, max_steps: int, seconds_left: f
     if "learning_rate" in logs:
         parts = [f"{name} {logs[key]:{form}}" for key, (name, form) in FIELDS.items() if key in logs]
         if seconds_left is not None:
-            minutes, seconds = divmod(round(seconds_left), 60)
-            parts.append(f"left {minutes // 60}:{minutes % 60:02}:{seconds:02}")
+            parts.append(f"left {clock(seconds_left)}")
         return "  ".join([place, *parts])
     prefix = next((key.removesuffix("ce_loss") for key in logs if key.endswith("_ce_loss")), None)
     if prefix is None:
@@ -70,3 +78,33 @@ def print_lines(trainer: Trainer) -> None:
     """Puts ConsoleLog in the place of the callback that prints records as dictionaries, if there is one."""
     if trainer.pop_callback(PrinterCallback) is not None:
         trainer.add_callback(ConsoleLog())
+
+
+def summary(trainer: Trainer) -> str:
+    """What a run achieved and where it left things, in a few lines."""
+    history, state, out = trainer.state.log_history, trainer.state, Path(trainer.args.output_dir)
+    totals = next(record for record in reversed(history) if "train_runtime" in record)
+    lines = [
+        f"Done: {state.global_step} steps in {clock(totals['train_runtime'])}, {totals['train_tokens']:,.0f} tokens, "
+        f"{totals['train_tokens_per_second']:,.0f} tokens/s"
+    ]
+    for name, key in (
+        ("training cross-entropy", "ce_loss"),
+        ("training p_correct", "train/avg_p_correct"),
+        ("evaluation cross-entropy", "eval_ce_loss"),
+        ("evaluation accuracy", "eval_acc"),
+    ):
+        steps, values = series(history, key)
+        if steps:
+            lines.append(f"  {name:<25} {values[0]:.4f} at step {steps[0]} -> {values[-1]:.4f} at step {steps[-1]}")
+    if state.best_model_checkpoint:
+        metric = f"{trainer.args.metric_for_best_model} {state.best_metric:.4f}"
+        lines.append(f"  best checkpoint           {state.best_model_checkpoint} ({metric})")
+    lines += [
+        f"  model                     {out}",
+        f"  curves                    {out / 'training_curves.png'}",
+        f"  all numbers               {out / 'train_log.jsonl'}",
+        f"  talk to it                python scripts/chat.py {out}",
+        f"  evaluate it               python scripts/evaluate.py {out} --data_files FILE",
+    ]
+    return "\n".join(lines)

@@ -49,6 +49,7 @@ SHAREGPT_ROLES = {
     "function_call": "assistant",  # its value is the call
 }
 ROWS_TO_LOOK_AT = 100  # to tell a file's format
+MAX_CHANNEL_LENGTH = 64  # of the field `channel`, in characters; a longer text is no name
 
 
 @dataclass
@@ -64,6 +65,7 @@ class Conversation:
     path: str
     line: int  # of its first character, from 1
     row: str  # its text, as it stands in the file
+    channel: str = ""  # what its own field `channel` names, "" for none
 
 
 @dataclass
@@ -107,7 +109,8 @@ class RowReader:
         text = raw.text or json.dumps(row, ensure_ascii=False, default=str)
         try:
             messages, tools, kwargs = self._conversation(row)
-            return Conversation(messages, tools or None, kwargs or None, self.path, raw.line, text)
+            channel = _channel(row.get("channel"))
+            return Conversation(messages, tools or None, kwargs or None, self.path, raw.line, text, channel)
         except MalformedRow as error:
             return Rejected(self.path, raw.line, "malformed_row", str(error), text, is_malformed=True)
         except RecursionError:
@@ -142,6 +145,12 @@ def _missing(column: str, row: dict) -> str:
     wrapped = [k for k, v in row.items() if isinstance(v, list) and v and isinstance(v[0], dict)]
     hint = f"; the rows seem to be the list under {wrapped[0]!r}: make that the file" if wrapped else ""
     return f"no {column!r} (found {found}){hint}"
+
+
+def _channel(value: Any) -> str:
+    """The source that a row's field `channel` names; "" where it holds something else."""
+    is_name = isinstance(value, str) and len(value) <= MAX_CHANNEL_LENGTH and value.isprintable()
+    return value.strip() if is_name else ""
 
 
 def detect_format(path: str) -> str:

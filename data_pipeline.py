@@ -139,6 +139,7 @@ class RowStatistics:
     truncated: int  # rows
     control_text: int  # rows with control tokens in their own text
     not_rendered: Counter[str]  # column -> rows whose chat template never shows it
+    channel: np.ndarray  # str [K], what their own field `channel` names, "" for none
 
 
 @dataclass
@@ -179,12 +180,11 @@ def _tokenize(settings: TokenSettings, reader: RowReader, raw: list[RawRow]) -> 
     if any(isinstance(row, Rejected) for row in rows):
         raise UserError(f"{reader.path} was changed while it was being read")
     results = tokenize_conversations(rows, settings.chat_format, settings.max_length, settings.truncation)
-    lines = [row.line for row in rows]
-    return pack(results, lines)
+    return pack(results, rows)
 
 
-def pack(results: list[Example | Rejected], lines: list[int]) -> Tokenized:
-    """Examples, and the lines that they come from, as arrays."""
+def pack(results: list[Example | Rejected], rows: list[Conversation]) -> Tokenized:
+    """Examples, and what is kept of the rows that they come from, as arrays."""
     places = [i for i, row in enumerate(results) if isinstance(row, Example)]
     examples = [results[i] for i in places]
     weights = None
@@ -195,10 +195,11 @@ def pack(results: list[Example | Rejected], lines: list[int]) -> Tokenized:
     statistics = RowStatistics(
         length=np.array([len(row.input_ids) for row in examples], dtype=np.int32),
         supervised=np.array([row.num_supervised for row in examples], dtype=np.int32),
-        line=np.array([lines[i] for i in places], dtype=np.int64),
+        line=np.array([rows[i].line for i in places], dtype=np.int64),
         truncated=sum(row.is_truncated for row in examples),
         control_text=sum(row.has_control_text for row in examples),
         not_rendered=Counter(name for row in examples for name in row.not_rendered),
+        channel=np.array([rows[i].channel for i in places], dtype=str),
     )
     return Tokenized(
         input_ids=_concatenate([row.input_ids for row in examples]),
@@ -264,6 +265,7 @@ def merge(parts: list[RowStatistics]) -> RowStatistics:
         truncated=sum(part.truncated for part in parts),
         control_text=sum(part.control_text for part in parts),
         not_rendered=sum((part.not_rendered for part in parts), Counter()),
+        channel=_concatenate([part.channel for part in parts]),
     )
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
+from channels import Channels, choose_channels
 from chat_format import ChatFormat
 from data_cache import CACHE_DIRECTORY, cached, data_key
 from data_files import DataFile, find_data_files, read_rows
@@ -49,8 +50,8 @@ logger = get_logger(__name__)
 class PreparedData:
     """The tokenised rows to train and to evaluate on, and what became of the others.
 
-    The columns are input_ids and labels (int32 lists; -100 where nothing is supervised) and, where
-    assistant turns are weighted, loss_weights (float32 lists).
+    The columns are input_ids and labels (int32 lists; -100 where nothing is supervised); where
+    assistant turns are weighted, loss_weights (float32 lists); where there are channels, channel (int32).
     """
 
     train: Dataset
@@ -61,6 +62,7 @@ class PreparedData:
     report: dict[str, Any]  # see data_report.make_report
     samples: list[SampleRow]  # the first training row of each file
     directory: Path  # rejected.jsonl is there
+    channels: list[str]  # the sources that metrics are told apart by; empty for none
 
     def source_of(self, index: int) -> str:
         """The file and line of a training row."""
@@ -102,7 +104,7 @@ def tokenize_dataset(
     """A dataset in memory, with the columns of PreparedData, and the rows that are not in it."""
     rows = list(conversations)
     results = tokenize_conversations(rows, chat_format, max_length, truncation)
-    tokens = pack(results, [row.line for row in rows])
+    tokens = pack(results, rows)
     return Dataset(table(tokens, has_weights=tokens.weights is not None)), tokens.rejected
 
 
@@ -129,6 +131,7 @@ def prepare_data(
     cache_dir: str | Path = CACHE_DIRECTORY,
     overwrite_cache: bool = False,
     progress: bool = True,
+    channels: Channels = "auto",
 ) -> PreparedData:
     """From paths to tokenised training and evaluation rows, kept in a cache.
 
@@ -143,12 +146,13 @@ def prepare_data(
         data_validation: what may be dropped, see RejectedRows.
         num_workers: processes that read and tokenise, at most one per core.
         overwrite_cache: prepare the data even if it is in the cache.
+        channels: see load_prepared.
 
     Raises:
         UserError: files are missing, rows are refused, or nothing is left to train or evaluate on.
     """
-    directory = prepare_in_cache(**locals())
-    return load_prepared(directory)
+    settings = {name: value for name, value in locals().items() if name != "channels"}
+    return load_prepared(prepare_in_cache(**settings), channels)
 
 
 def prepare_in_cache(
@@ -239,6 +243,7 @@ def _build(
     if eval_files or chosen.evaluation.any():
         rejected.stop_if_nothing_is_left(len(evaluation), sides[1] or sides[0], "eval_data_files")
     report = make_report(_file_statistics(rows, chosen, readers, statistics, rejected))
+    channel_names, channel = np.unique(np.concatenate([some.channel for some in statistics]), return_inverse=True)
     order = mix(rows.file[written][train], files, seed)
     np.savez(
         directory / "rows.npz",
@@ -247,6 +252,8 @@ def _build(
         file_index=rows.file[written],
         line=np.concatenate([some.line for some in statistics]),
         length=np.concatenate([some.length for some in statistics]),
+        channel=channel.astype(np.int32),
+        channel_names=channel_names.astype(str),
     )
     (directory / "report.json").write_text(json.dumps(report, ensure_ascii=False), encoding="utf-8")
 
@@ -302,13 +309,17 @@ def _file_statistics(
     ]
 
 
-def load_prepared(directory: Path) -> PreparedData:
-    """What `prepare_in_cache` has written; the tokens stay on the disk."""
+def load_prepared(directory: Path, channels: Channels = "auto") -> PreparedData:
+    """What `prepare_in_cache` has written; the tokens stay on the disk.
+
+    Args:
+        channels: what rows are told apart by, see channels.choose_channels.
+    """
     tokens = Dataset.from_file(str(directory / "tokens.arrow"))
     report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
     with np.load(directory / "rows.npz") as arrays:
-        names = ("train", "evaluation", "file_index", "line", "length")
-        train, evaluation, file, line, length = (arrays[name] for name in names)
+        names = ("train", "evaluation", "file_index", "line", "length", "channel", "channel_names")
+        train, evaluation, file, line, length, of_field, field_names = (arrays[name] for name in names)
     _, first = np.unique(file[train], return_index=True)
     samples = [
         SampleRow(
@@ -318,6 +329,10 @@ def load_prepared(directory: Path) -> PreparedData:
         )
         for i in train[np.sort(first)]
     ]
+    paths = [entry["path"] for entry in report["files"]]
+    channel_names, channel = choose_channels(channels, file, paths, of_field, field_names.tolist())
+    if channel_names:
+        tokens = tokens.add_column("channel", channel)
     return PreparedData(
         train=tokens.select(train),
         evaluation=tokens.select(evaluation) if len(evaluation) else None,
@@ -327,4 +342,5 @@ def load_prepared(directory: Path) -> PreparedData:
         report=report,
         samples=samples,
         directory=directory,
+        channels=channel_names,
     )

@@ -14,12 +14,14 @@ Shapes: B batch, T tokens, V vocabulary, N supervised tokens.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
+ENTROPY_ROWS = 64  # whose terms are held at once
 Normalization = Literal["token", "turn"]
 
 
@@ -55,9 +57,15 @@ class TokenWeight:
         """The weights, detached, of tokens `targets` [N] with the probabilities `p_correct` [N] -> [N] float32."""
         weights = (self.alpha * p_correct.detach() ** self.gamma + (1.0 - self.alpha)).clamp(min=self.floor)
         if self.plain_tokens:
-            plain = torch.tensor(self.plain_tokens, device=targets.device)
+            plain = _on_device(self.plain_tokens, targets.device)
             weights = torch.where(torch.isin(targets, plain), 1.0, weights)
         return weights
+
+
+@lru_cache
+def _on_device(ids: tuple[int, ...], device: torch.device) -> Tensor:
+    """Copied once: a copy to a GPU waits for what it is doing."""
+    return torch.tensor(ids, device=device)
 
 
 @dataclass
@@ -68,6 +76,7 @@ class TokenStatistics:
     nll: Tensor  # -log p of the correct token, float32
     p_correct: Tensor  # probability of the correct token, float32, detached
     is_top1: Tensor  # whether no other token is likelier, bool
+    entropy: Tensor | None = None  # of the distribution over the vocabulary, in nats, float32; where it was asked for
 
 
 def shift_labels(labels: Tensor) -> Tensor:
@@ -111,7 +120,7 @@ def token_scales(
     return scales
 
 
-def token_statistics(logits: Tensor, targets: Tensor) -> TokenStatistics:
+def token_statistics(logits: Tensor, targets: Tensor, with_entropy: bool = False) -> TokenStatistics:
     """Scores N tokens. logits [N, V] in any float type, targets [N].
 
     Without any token the results are empty but still connected to `logits`, so that backward runs and
@@ -121,7 +130,14 @@ def token_statistics(logits: Tensor, targets: Tensor) -> TokenStatistics:
     of_target = logits.gather(-1, targets[:, None]).squeeze(-1)  # [N]
     nll = torch.logsumexp(logits, dim=-1) - of_target
     with torch.no_grad():
-        return TokenStatistics(targets, nll, torch.exp(-nll), of_target >= logits.amax(-1))
+        entropy = entropy_of(logits) if with_entropy else None
+        return TokenStatistics(targets, nll, torch.exp(-nll), of_target >= logits.amax(-1), entropy)
+
+
+def entropy_of(logits: Tensor) -> Tensor:
+    """-sum(p log p) of logits [N, V] -> [N], in nats; a few rows at a time, because its terms take memory too."""
+    rows = logits.split(ENTROPY_ROWS)
+    return torch.cat([torch.special.entr(torch.softmax(some, dim=-1)).sum(-1) for some in rows])
 
 
 def supervised_rows(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,7 +158,7 @@ def weighted_sum(tokens: TokenStatistics, weight: TokenWeight, scales: Tensor | 
 
 
 def dft_loss_sum(
-    logits: Tensor, labels: Tensor, weight: TokenWeight, scales: Tensor | None = None
+    logits: Tensor, labels: Tensor, weight: TokenWeight, scales: Tensor | None = None, with_entropy: bool = False
 ) -> tuple[Tensor, TokenStatistics]:
     """The DFT loss of one micro-batch, summed over its tokens and not yet divided by anything.
 
@@ -153,10 +169,11 @@ def dft_loss_sum(
         logits: [B, T, V]. Only supervised rows are upcast to float32.
         labels: [B, T], -100 where nothing is supervised; not shifted.
         scales: [N], see `token_scales`.
+        with_entropy: compute the entropy of each token too.
 
     Returns:
         sum of c * w * nll (scalar, float32) and the statistics of the tokens it sums over.
     """
     rows, targets = supervised_rows(logits, labels)  # [N, V], [N]
-    tokens = token_statistics(rows, targets)
+    tokens = token_statistics(rows, targets, with_entropy)
     return weighted_sum(tokens, weight, scales), tokens

@@ -1,7 +1,6 @@
 """DFTTrainer: Hugging Face's Trainer with the DFT loss, its metrics, and a token-weighted evaluation."""
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
@@ -12,8 +11,8 @@ from accelerate.utils.other import is_repeated_blocks
 from torch.utils.data import Dataset, IterableDataset, Sampler
 from transformers import Trainer, TrainingArguments
 
-from batching import document_lengths
-from dft_loss import Normalization, TokenWeight, count_terms, dft_loss_sum, token_scales
+from batching import document_lengths, token_channels
+from dft_loss import Normalization, TokenWeight, count_terms, dft_loss_sum, supervised_rows, token_scales
 from dist_logger import get_logger
 from epoch_order import EpochOrder, FilledRows, TellEpoch, token_lengths
 from finite_check import FiniteCheck
@@ -21,9 +20,10 @@ from fused_loss import CHUNK_MB
 from leak_check import assert_apart, needs_check
 from loss_head import LossHead, UnsupportedHead
 from packing import DOCUMENTS
-from throughput import model_flops, peak_memory_gib
+from throughput import model_flops
 from throughput import peak_tflops as known_peak_tflops
-from token_sums import UNLIKELY, TokenSums, averages, health
+from token_sums import TokenSums, averages, channel_averages, health
+from training_metrics import LastRecord, TrainingMetrics
 
 logger = get_logger(__name__)
 
@@ -47,6 +47,8 @@ class DFTTrainer(Trainer):
             auto in the head if it is one that is known.
         loss_chunk_mb: MB of logits that the fused loss holds at once, see fused_loss.CHUNK_MB.
         source_of_row: where a training row comes from, for the error of a loss that is NaN or infinite.
+        channels: names of the sources that a column `channel` (int) of the rows numbers; each has metrics of its own.
+        log_entropy: add the entropy of the model's predictions.
         row_lengths: tokens of each training row, for train_sampling_strategy group_by_length; by default counted.
         peak_tflops: what one device could do at most, for mfu; by default known for common GPUs.
         log_metrics_steps: add the DFT metrics only to log records at least this many steps apart;
@@ -61,10 +63,14 @@ class DFTTrainer(Trainer):
         token_accuracy       share of supervised tokens whose arg-max is right
         mean_weight          sum(w) / N
         p_below_0.01, p_above_0.99   shares of supervised tokens
+        entropy              mean over supervised tokens, in nats; if it is asked for
+        channel/NAME/ce_loss, channel/NAME/p_correct, channel/NAME/acc   of one source
         tokens_per_second, supervised_tokens_per_second, memory_gib
         padding_share        of the positions that the model computed
         mfu                  share of the devices' peak, see throughput.ModelFlops; where the peak is known
-    Evaluation: loss, ce_loss, perplexity, avg_p_correct and acc of the whole set, behind the metric prefix.
+    At its end: train_tokens, train_supervised_tokens, and both per second of training alone.
+    Evaluation: loss, ce_loss, perplexity, avg_p_correct, acc, mean_weight, the shares, entropy and channels of the
+    whole set, behind the metric prefix.
     predict() repeats rows to even out ranks, as Trainer does, and counts them.
 
     Raises:
@@ -92,6 +98,8 @@ class DFTTrainer(Trainer):
         row_lengths: Sequence[int] | None = None,
         peak_tflops: float | None = None,
         log_metrics_steps: int | None = None,
+        channels: Sequence[str] = (),
+        log_entropy: bool = False,
         **kwargs,
     ):
         self.token_weight = TokenWeight(dft_alpha, dft_gamma, dft_floor, tuple(plain_tokens))
@@ -104,6 +112,7 @@ class DFTTrainer(Trainer):
         super().__init__(model, args, **kwargs)
         self._order: EpochOrder | None = None  # of the training rows
         self.add_callback(TellEpoch(lambda: self._order))
+        self.add_callback(LastRecord())
         self._refuse_what_changes_the_loss()
         if self.args.torch_compile:
             self._compile_layers()
@@ -120,10 +129,12 @@ class DFTTrainer(Trainer):
         self._peak_tflops = peak_tflops if peak_tflops is not None else known_peak_tflops(self.args.device)
         self._flops = None if self._peak_tflops is None else model_flops(self.model)
         self.log_metrics_steps = log_metrics_steps
+        self.channels = list(channels)
+        self.log_entropy = log_entropy
         # the count of supervised tokens is taken in get_batch_samples, whatever the model's signature
         self.model_accepts_loss_kwargs = False
-        self._eval_sums = TokenSums(self.args.device)
-        self._forget_metrics()
+        self._eval_sums = TokenSums(self.args.device, len(self.channels))
+        self._train_metrics = self._new_metrics()
 
     def _refuse_what_changes_the_loss(self) -> None:
         parallelism = getattr(self.accelerator, "parallelism_config", None)
@@ -167,37 +178,39 @@ class DFTTrainer(Trainer):
             raise UnsupportedHead(f"fused_loss is on, but {error}; turn it off") from error
         logger.warning("Loss: from the model's logits, which takes more memory: %s", error)
 
-    def _forget_metrics(self) -> None:
-        self._train_sums = TokenSums(self.args.device)
-        self._unshown = [0.0] * TokenSums.COUNT  # sums since the DFT metrics were last logged
-        self._shown_step = 0  # when that was
-        self._has_warned = False  # that hardly anything is learnt
-        self._clock: float | None = None  # when the last training record was written; None before the first step
+    def _new_metrics(self) -> TrainingMetrics:
+        return TrainingMetrics(
+            self.args.device,
+            channels=self.channels,
+            with_entropy=self.log_entropy,
+            min_steps=self.log_metrics_steps,
+            flops=self._flops,
+            peak_tflops=self._peak_tflops,
+        )
 
     def train(self, *args, **kwargs):
         """Trainer's train; metrics start anew."""
-        self._forget_metrics()
+        self._train_metrics = self._new_metrics()
         return super().train(*args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
         """Trainer drops the columns that the model's forward doesn't take; the loss and the collators take more."""
         super()._set_signature_columns_if_needed()
-        self._signature_columns += {"loss_weights", DOCUMENTS} - set(self._signature_columns)
+        more = {"loss_weights", DOCUMENTS, *(["channel"] if self.channels else [])}
+        self._signature_columns += more - set(self._signature_columns)
 
     # ---- the loss -------------------------------------------------------------------------------
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one step, and the supervised tokens (or turns) of all ranks to divide by."""
-        if self._clock is None:
-            self._clock = time.perf_counter()
-            self._shown_step = self.state.global_step
+        self._train_metrics.start(self.state.global_step)
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        count = torch.zeros((), dtype=torch.int64, device=device)
+        count = torch.zeros((), dtype=torch.int64)
         for batch in batches:
-            count += count_terms(batch["labels"], self.loss_normalization).to(device)
+            count = count + count_terms(batch["labels"], self.loss_normalization)
         self._num_batches = self._batches_to_do = len(batches)
         self._finite_check.begin()
-        return batches, self.accelerator.reduce(count, reduction="sum")
+        return batches, self.accelerator.reduce(count.to(device), reduction="sum")
 
     def alpha_at(self, step: int) -> float:
         """The alpha of a step, counted from 0."""
@@ -214,6 +227,7 @@ class DFTTrainer(Trainer):
         inputs = dict(inputs)
         labels = inputs.pop("labels")
         loss_weights = inputs.pop("loss_weights", None)
+        channel = inputs.pop("channel", None)
         inputs.pop("skip_logits", None)  # Trainer asks Liger models to skip them in evaluation
         weight = self.token_weight
         if self._may_leak and needs_check(inputs):
@@ -222,13 +236,16 @@ class DFTTrainer(Trainer):
         if model.training:
             weight = replace(weight, alpha=self.alpha_at(self.state.global_step))
         scales = token_scales(labels, loss_weights, self.loss_normalization)
+        of_token = None  # its source
+        if channel is not None and self.channels:
+            of_token, _ = supervised_rows(token_channels(channel, labels, inputs), labels)
         fuse = self.loss_head is not None and (self._needs_no_logits or not return_outputs)
         loss_sum, tokens, outputs = self._score(model, inputs, labels, weight, scales, fuse)
 
         num_terms = count_terms(labels, self.loss_normalization)
-        sums = self._train_sums if model.training else self._eval_sums
+        sums = self._train_metrics.sums if model.training else self._eval_sums
         weights = weight(tokens.p_correct, tokens.targets)
-        sums.add(loss_sum, num_terms, tokens, weights, document_lengths(inputs), labels.numel())
+        sums.add(loss_sum, num_terms, tokens, weights, document_lengths(inputs), labels.numel(), of_token)
 
         if num_items_in_batch is None:  # evaluation: the metrics come from the sums
             num_items_in_batch = num_terms
@@ -258,9 +275,9 @@ class DFTTrainer(Trainer):
         """Loss sum, statistics of the tokens, and the model's outputs, whose logits are not real where `fuse`."""
         if not fuse:
             outputs = model(**inputs)
-            return *dft_loss_sum(outputs.logits, labels, weight, scales), outputs
+            return *dft_loss_sum(outputs.logits, labels, weight, scales, self.log_entropy), outputs
         try:
-            with self.loss_head.computing(labels, weight, scales) as result:
+            with self.loss_head.computing(labels, weight, scales, self.log_entropy) as result:
                 outputs = model(**inputs)
             loss_sum, tokens = result.take(outputs.logits)
             self.loss_head.check(outputs.logits)
@@ -282,45 +299,11 @@ class DFTTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's log, with the DFT metrics added to training records. Every rank calls it."""
         if "loss" in logs and "learning_rate" in logs:
-            self._add_training_metrics(logs)
+            step = self.state.global_step
+            logs.update(self._train_metrics.record(self.accelerator, step, self.alpha_at(step - 1)))
+        elif "train_runtime" in logs:
+            logs.update(self._train_metrics.totals(self.accelerator))
         super().log(logs, start_time)
-
-    def _add_training_metrics(self, logs: dict[str, float]) -> None:
-        sums = self._train_sums.take(self.accelerator)
-        now = time.perf_counter()
-        seconds = max(now - self._clock, 1e-9)
-        self._clock = now
-        logs["loss"] = averages(sums)["loss"]
-        self._unshown = [a + b for a, b in zip(self._unshown, sums, strict=True)]
-        if self.state.global_step - self._shown_step >= (self.log_metrics_steps or 1):
-            shown = averages(self._unshown)
-            logs["ce_loss"] = shown["ce_loss"]
-            logs["train/avg_p_correct"] = shown["avg_p_correct"]
-            logs["train/dft_alpha"] = self.alpha_at(self.state.global_step - 1)
-            logs["token_accuracy"] = shown["acc"]
-            logs.update(health(self._unshown))
-            self._warn_if_hardly_anything_is_learnt()
-            self._unshown = [0.0] * TokenSums.COUNT
-            self._shown_step = self.state.global_step
-        logs["tokens_per_second"] = sums[TokenSums.TOKENS] / seconds
-        logs["supervised_tokens_per_second"] = sums[TokenSums.SUPERVISED] / seconds
-        logs["padding_share"] = 1.0 - sums[TokenSums.TOKENS] / max(sums[TokenSums.POSITIONS], 1.0)
-        logs["memory_gib"] = peak_memory_gib(self.args.device)
-        if self._flops is not None:
-            done = self._flops(*(sums[i] for i in (TokenSums.TOKENS, TokenSums.SUPERVISED, TokenSums.PAIRS)))
-            logs["mfu"] = done / (seconds * self._peak_tflops * 1e12 * self.args.world_size)
-
-    def _warn_if_hardly_anything_is_learnt(self) -> None:
-        """Warns once if most tokens of a record have next to no weight, and so next to no gradient."""
-        share = self._unshown[TokenSums.WEIGHT_BELOW] / max(self._unshown[TokenSums.SUPERVISED], 1.0)
-        if share > 0.5 and not self._has_warned:
-            self._has_warned = True
-            logger.warning(
-                "%.0f%% of the supervised tokens have a DFT weight below %g: the model hardly expects them, so it "
-                "hardly learns them. Lower dft_alpha (0.7), set a dft_floor (0.1), let alpha rise "
-                "(dft_alpha_warmup_ratio), or train with dft_alpha 0 first",
-                *(100 * share, UNLIKELY),
-            )
 
     # ---- rows -----------------------------------------------------------------------------------
 
@@ -356,25 +339,23 @@ class DFTTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial):
         """Trainer's; the training throughput doesn't pay for it."""
-        start = time.perf_counter()
-        super()._save_checkpoint(model, trial)
-        if self._clock is not None:
-            self._clock += time.perf_counter() - start
+        with self._train_metrics.not_training():
+            super()._save_checkpoint(model, trial)
 
     # ---- evaluation -----------------------------------------------------------------------------
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
         """Trainer's loop; its loss, a mean of batch means, is replaced by sums divided once."""
-        start = time.perf_counter()
         self._eval_sums.values.zero_()
-        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        sums = self._eval_sums.take(self.accelerator)
+        with self._train_metrics.not_training():
+            output = super().evaluation_loop(
+                dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
+            )
+            sums = self._eval_sums.take(self.accelerator)
         if sums[TokenSums.SUPERVISED] > 0:  # not where rows without labels are predicted
-            metrics = averages(sums)
+            metrics = averages(sums) | health(sums, self.log_entropy) | channel_averages(sums, self.channels)
             metrics["perplexity"] = math.exp(min(metrics["ce_loss"], 700.0))
             output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in metrics.items()})
         if isinstance(dataloader.dataset, FilledRows):
             output = output._replace(num_samples=len(dataloader.dataset.rows))
-        if self._clock is not None:  # the training throughput doesn't pay for the evaluation
-            self._clock += time.perf_counter() - start
         return output

@@ -78,6 +78,24 @@ def setup_logging(log_file: str | Path | None = None, only_rank_0: bool = True, 
     logger.propagate = False
 
 
+def make_directory(path: str, flag: str) -> Path:
+    """Makes a directory that is written to. Every rank does it, so that all find out together if they can't.
+
+    Args:
+        flag: the setting that names it, for the error.
+
+    Raises:
+        UserError: it can't be made or written to.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag} {path} can't be made: {error.strerror}") from error
+    if not os.access(path, os.W_OK):
+        raise UserError(f"{flag} {path} can't be written to: choose another directory or change its permissions")
+    return Path(path)
+
+
 def quiet_libraries(progress_bars: bool) -> None:
     """Silences what libraries say that no user can act on; on ranks above 0 all warnings and progress bars."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from dft_loss import TokenStatistics, TokenWeight, supervised_rows, token_statistics, weighted_sum
+from dft_loss import TokenStatistics, TokenWeight, entropy_of, supervised_rows, token_statistics, weighted_sum
 
 # Of float32 logits, by default. cpu: measured by benchmarks/loss_head.py, larger chunks save little time. cuda: by
 # arithmetic, some 1,700 rows of a vocabulary of 150,000, so that products of matrices outweigh adding them up.
@@ -60,6 +60,7 @@ def fused_dft_loss_sum(
     bias: Tensor | None = None,
     transform: LogitTransform = LogitTransform(),
     chunk_mb: float = CHUNK_MB["cpu"],
+    with_entropy: bool = False,
 ) -> tuple[Tensor, TokenStatistics]:
     """As `dft_loss.dft_loss_sum`, of the logits hidden @ head_weight.T + bias, which are never held as a whole.
 
@@ -68,7 +69,7 @@ def fused_dft_loss_sum(
     Args:
         hidden: [B, T, H].
         head_weight, bias: [V, H] and [V]; those that don't require gradients cost none.
-        labels, weight, scales: see dft_loss.dft_loss_sum.
+        labels, weight, scales, with_entropy: see dft_loss.dft_loss_sum.
         transform: what the model does to its logits.
         chunk_mb: MB (10**6 bytes) of float32 logits at once; at least one row is taken.
 
@@ -77,12 +78,12 @@ def fused_dft_loss_sum(
     """
     rows, targets = supervised_rows(hidden, labels)  # [N, H], [N]
     chunk = _rows_at_once(chunk_mb, head_weight.shape[0], len(rows))
-    args = (rows, head_weight, bias, targets, scales, weight, transform, chunk)
+    args = (rows, head_weight, bias, targets, scales, weight, transform, chunk, with_entropy)
     if torch.is_grad_enabled():
-        loss, nll, is_top1 = _FusedHead.apply(*args)
+        loss, nll, is_top1, entropy = _FusedHead.apply(*args)
     else:
-        loss, nll, is_top1, *_ = _fused(*args, needs=(False, False, False))
-    return loss, TokenStatistics(targets, nll, torch.exp(-nll), is_top1)
+        loss, nll, is_top1, entropy, *_ = _fused(*args, needs=(False, False, False))
+    return loss, TokenStatistics(targets, nll, torch.exp(-nll), is_top1, entropy)
 
 
 def chunked_dft_loss_sum(
@@ -95,6 +96,7 @@ def chunked_dft_loss_sum(
     transform: LogitTransform = LogitTransform(),
     chunk_mb: float = CHUNK_MB["cpu"],
     vocab_size: int,
+    with_entropy: bool = False,
 ) -> tuple[Tensor, TokenStatistics]:
     """As `fused_dft_loss_sum`, with any module as the head: adapters, quantised weights, hooks.
 
@@ -106,10 +108,10 @@ def chunked_dft_loss_sum(
     rows, targets = supervised_rows(hidden, labels)  # [N, H], [N]
     chunk = _rows_at_once(chunk_mb, vocab_size, len(rows))
 
-    def score(rows: Tensor, targets: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def score(rows: Tensor, targets: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         logits = head(rows).float()
-        tokens = token_statistics(logits if transform.is_identity else transform(logits), targets)
-        return weighted_sum(tokens, weight, scales), tokens.nll.detach(), tokens.is_top1
+        tokens = token_statistics(logits if transform.is_identity else transform(logits), targets, with_entropy)
+        return weighted_sum(tokens, weight, scales), tokens.nll.detach(), tokens.is_top1, tokens.entropy
 
     parts = []
     for start in range(0, max(len(rows), 1), chunk):
@@ -119,9 +121,10 @@ def chunked_dft_loss_sum(
             parts.append(checkpoint(score, *args, use_reentrant=False))
         else:
             parts.append(score(*args))
-    losses, nll, is_top1 = zip(*parts, strict=True)
+    losses, nll, is_top1, entropy = zip(*parts, strict=True)
     nll = torch.cat(nll)
-    return torch.stack(losses).sum(), TokenStatistics(targets, nll, torch.exp(-nll), torch.cat(is_top1))
+    entropy = torch.cat(entropy) if with_entropy else None
+    return torch.stack(losses).sum(), TokenStatistics(targets, nll, torch.exp(-nll), torch.cat(is_top1), entropy)
 
 
 def _rows_at_once(chunk_mb: float, vocab_size: int, num_rows: int) -> int:
@@ -133,16 +136,16 @@ class _FusedHead(torch.autograd.Function):
     """Loss and gradients in the forward pass; the backward pass multiplies them by the gradient of the loss."""
 
     @staticmethod
-    def forward(ctx: Any, rows, head_weight, bias, targets, scales, weight, transform, chunk):
-        """Loss (scalar), nll [N] and is_top1 [N], see `_fused`; its gradients wait in ctx."""
+    def forward(ctx: Any, rows, head_weight, bias, targets, scales, weight, transform, chunk, with_entropy):
+        """Loss (scalar), nll, is_top1 and entropy [N], see `_fused`; its gradients wait in ctx."""
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2])
-        loss, nll, is_top1, *gradients = _fused(
-            rows, head_weight, bias, targets, scales, weight, transform, chunk, needs=needs
+        loss, nll, is_top1, entropy, *gradients = _fused(
+            rows, head_weight, bias, targets, scales, weight, transform, chunk, with_entropy, needs=needs
         )
         ctx.gradients = gradients
         ctx.types = (rows.dtype, head_weight.dtype, None if bias is None else bias.dtype)
-        ctx.mark_non_differentiable(nll, is_top1)
-        return loss, nll, is_top1
+        ctx.mark_non_differentiable(nll, is_top1, *([] if entropy is None else [entropy]))
+        return loss, nll, is_top1, entropy
 
     @staticmethod
     @once_differentiable
@@ -155,7 +158,7 @@ class _FusedHead(torch.autograd.Function):
             None if gradient is None else gradient.mul_(of_loss).to(dtype)
             for gradient, dtype in zip(gradients, ctx.types, strict=True)
         )
-        return *scaled, None, None, None, None, None
+        return *scaled, None, None, None, None, None, None
 
 
 def _fused(
@@ -167,9 +170,10 @@ def _fused(
     weight: TokenWeight,
     transform: LogitTransform,
     chunk: int,
+    with_entropy: bool,
     needs: tuple[bool, bool, bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Loss, nll [N], is_top1 [N], and the gradients of rows, head_weight and bias, those that are needed."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Loss, nll, is_top1, entropy [N], and the gradients of rows, head_weight and bias, those that are needed."""
     device = rows.device
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else head_weight.dtype
     if device.type == "cpu":
@@ -177,6 +181,7 @@ def _fused(
     num_rows, vocab_size = len(rows), len(head_weight)
     nll = torch.empty(num_rows, dtype=torch.float32, device=device)
     is_top1 = torch.empty(num_rows, dtype=torch.bool, device=device)
+    entropy = torch.empty(num_rows, dtype=torch.float32, device=device) if with_entropy else None
     loss = torch.zeros((), dtype=torch.float32, device=device)
     of_rows = torch.empty_like(rows, dtype=torch.float32) if needs[0] else None
     of_weight = torch.zeros_like(head_weight, dtype=torch.float32) if needs[1] else None
@@ -194,6 +199,8 @@ def _fused(
             if not transform.is_identity:
                 z.copy_(transform(z))
                 slope = transform.slope(z)
+            if entropy is not None:
+                entropy[some] = entropy_of(z)
             nll[some], is_top1[some], g = softmax_gradient_(z, y, dtype, any(needs))
             c = weight(torch.exp(-nll[some]), y)
             c = c if scales is None else c * scales[some]
@@ -208,7 +215,7 @@ def _fused(
                 _add_product(of_weight, g.t(), (h * c[:, None]).to(dtype))
             if of_bias is not None:
                 of_bias += c @ g.float()
-    return loss, nll, is_top1, of_rows, of_weight, of_bias
+    return loss, nll, is_top1, entropy, of_rows, of_weight, of_bias
 
 
 def softmax_gradient_(

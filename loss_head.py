@@ -73,10 +73,12 @@ class LossHead:
         self._is_checked = False
 
     @contextmanager
-    def computing(self, labels: Tensor, weight: TokenWeight, scales: Tensor | None = None) -> Iterator[HeadLoss]:
+    def computing(
+        self, labels: Tensor, weight: TokenWeight, scales: Tensor | None = None, with_entropy: bool = False
+    ) -> Iterator[HeadLoss]:
         """Within it, a call of the model makes the DFT loss of `labels` [B, T], to be taken from what it yields.
 
-        weight, scales: see dft_loss.dft_loss_sum.
+        weight, scales, with_entropy: see dft_loss.dft_loss_sum.
         """
         result = HeadLoss()
 
@@ -87,6 +89,7 @@ class LossHead:
                 bias=self._head.bias,
                 transform=self.transform,
                 chunk_mb=self._chunk_mb,
+                with_entropy=with_entropy,
             )
             return result.loss_sum
 
@@ -99,6 +102,7 @@ class LossHead:
                 transform=self.transform,
                 chunk_mb=float("inf") if is_sharded else self._chunk_mb,
                 vocab_size=self._vocab_size,
+                with_entropy=with_entropy,
             )
             return result.loss_sum
 

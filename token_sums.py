@@ -1,5 +1,7 @@
 """Metrics as sums over tokens, ranks and micro-batches, divided when they are printed."""
 
+from collections.abc import Sequence
+
 import torch
 
 from dft_loss import TokenStatistics
@@ -8,54 +10,72 @@ UNLIKELY, SURE = 0.01, 0.99  # p_correct, and w, that a token's learning can be 
 
 
 class TokenSums:
-    """Sums over supervised tokens, kept on the device and divided only when they are printed."""
+    """Sums over supervised tokens, kept on the device and divided only when they are printed.
+
+    Args:
+        num_channels: sources of the tokens, each with sums behind the others: nll, p_correct, is_top1, tokens.
+    """
 
     # order of the entries of the tensor
-    LOSS, TERMS, NLL, P_CORRECT, TOP1, WEIGHT, P_BELOW, P_ABOVE, WEIGHT_BELOW = range(9)
-    SUPERVISED, TOKENS, POSITIONS, PAIRS = range(9, 13)
-    COUNT = 13
+    LOSS, TERMS, NLL, P_CORRECT, TOP1, WEIGHT, P_BELOW, P_ABOVE, WEIGHT_BELOW, ENTROPY = range(10)
+    SUPERVISED, TOKENS, POSITIONS, PAIRS = range(10, 14)
+    COUNT = 14
+    OF_CHANNEL = 4
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, num_channels: int = 0):
         # float64: a float32 sum stops counting single tokens at 2**24; MPS has no float64
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.values = torch.zeros(self.COUNT, dtype=dtype, device=device)
+        self.values = torch.zeros(self.COUNT + self.OF_CHANNEL * num_channels, dtype=dtype, device=device)
 
     def add(
         self,
         loss_sum: torch.Tensor,
-        num_terms: torch.Tensor | int,
+        num_terms: torch.Tensor,
         tokens: TokenStatistics,
         weights: torch.Tensor,
         lengths: torch.Tensor,
         num_positions: int,
+        channel: torch.Tensor | None = None,
     ) -> None:
-        """Adds one micro-batch.
+        """Adds one micro-batch, without waiting for the device.
 
         Args:
             loss_sum, num_terms: its loss, and what that is divided by; scalars.
             tokens, weights: statistics of its supervised tokens, and their w, [N].
             lengths: tokens of each of its documents.
             num_positions: its tokens and its padding.
+            channel: the source of each supervised token, [N].
         """
         lengths = lengths.to(self.values.dtype)
+        nll = tokens.nll.detach()
         parts = (
             loss_sum.detach(),
             num_terms,
-            tokens.nll.detach().sum(),
+            nll.sum(),
             tokens.p_correct.sum(),
             tokens.is_top1.sum(),
             weights.sum(),
             (tokens.p_correct < UNLIKELY).sum(),
             (tokens.p_correct > SURE).sum(),
             (weights < UNLIKELY).sum(),
-            tokens.nll.numel(),
+            0 if tokens.entropy is None else tokens.entropy.sum(),
+            nll.numel(),
             lengths.sum(),
             num_positions,
             lengths.square().sum(),
         )
-        self.values += torch.stack(
-            [torch.as_tensor(x, device=self.values.device).to(self.values.dtype) for x in parts]
-        )
+        self.values.narrow(0, 0, self.COUNT).add_(torch.stack([self._number(part) for part in parts]))
+        if channel is not None:
+            each = (nll, tokens.p_correct, tokens.is_top1.to(nll.dtype), torch.ones_like(nll))
+            each = torch.stack(each, dim=1).to(self.values.dtype)  # [N, 4]
+            of_channels = self.values.narrow(0, self.COUNT, len(self.values) - self.COUNT)
+            of_channels.view(-1, self.OF_CHANNEL).index_add_(0, channel, each)
+
+    def _number(self, value: torch.Tensor | int) -> torch.Tensor:
+        """A scalar on the device; a number of the host is written there by a kernel, where a copy would wait."""
+        if isinstance(value, torch.Tensor):
+            return value.to(self.values.dtype)
+        return torch.full((), value, dtype=self.values.dtype, device=self.values.device)
 
     def take(self, accelerator) -> list[float]:
         """The sums over all ranks since the last call. A collective: every rank must call it."""
@@ -75,14 +95,28 @@ def averages(sums: list[float]) -> dict[str, float]:
     }
 
 
-def health(sums: list[float]) -> dict[str, float]:
-    """How DFT sees the tokens of `TokenSums.take`: its mean weight, and the shares of tokens at both ends.
+def health(sums: list[float], with_entropy: bool = False) -> dict[str, float]:
+    """How DFT sees the tokens of `TokenSums.take`: its mean weight, the shares of tokens at both ends, the entropy.
 
     A token with p near 0 has next to no gradient at alpha 1, one with p near 1 has nothing left to learn.
     """
     n = max(sums[TokenSums.SUPERVISED], 1.0)
+    entropy = {"entropy": sums[TokenSums.ENTROPY] / n} if with_entropy else {}
     return {
         "mean_weight": sums[TokenSums.WEIGHT] / n,
         "p_below_0.01": sums[TokenSums.P_BELOW] / n,
         "p_above_0.99": sums[TokenSums.P_ABOVE] / n,
+        **entropy,
     }
+
+
+def channel_averages(sums: list[float], names: Sequence[str]) -> dict[str, float]:
+    """channel/<name>/ce_loss, p_correct and acc of the sources that have tokens in `TokenSums.take`."""
+    result = {}
+    for i, name in enumerate(names):
+        start = TokenSums.COUNT + TokenSums.OF_CHANNEL * i
+        *found, count = sums[start : start + TokenSums.OF_CHANNEL]
+        if count:
+            keys = (f"channel/{name}/{key}" for key in ("ce_loss", "p_correct", "acc"))
+            result |= {key: value / count for key, value in zip(keys, found, strict=True)}
+    return result

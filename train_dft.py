@@ -9,7 +9,6 @@ scripts/train.sh does this with a log file; --help lists the flags, README.md ex
 """
 
 import json
-import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -25,20 +24,23 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from arguments import DataArguments, DFTTrainingArguments, ModelArguments
+from arguments import DataArguments, ModelArguments
 from attention import choose_attention
 from batch_plan import BatchPlan, choose_batching
+from channels import Channels
 from chat_format import ChatFormat, load_chat_template
 from command_line import parse_args
-from console import print_lines
+from console import print_lines, summary
 from data_cache import CACHE_DIRECTORY
 from data_page import write_page
 from data_report import report_table, show_row, write_report
 from data_utils import PreparedData, load_prepared, prepare_in_cache
 from dft_trainer import DFTTrainer
-from dist_logger import UserError, get_logger, quiet_libraries, setup_logging
+from dist_logger import UserError, get_logger, make_directory, quiet_libraries, setup_logging
 from process_group import once_per_node, program
-from tracking import Curves, TrainLog, guard_trackers, plot_curves, start_trackers, summary
+from trackers import check_trackers, guard_trackers, start_trackers
+from tracking import Curves, TrainLog, plot_curves
+from training_arguments import DFTTrainingArguments
 
 logger = get_logger("train_dft")
 
@@ -52,13 +54,14 @@ def main(argv: list[str] | None = None) -> None:
     setup_logging(log_dir / "train_distributed.log", only_rank_0=logging_args.reduce_logging, debug=debug)
     quiet_libraries(progress_bars=not args.disable_tqdm)
     checkpoint = find_checkpoint(args)
+    args.report_to = [] if data_args.dry_run else check_trackers(args)
     tokenizer = load_tokenizer(model_args, data_args)
     config = load_config(model_args, tokenizer)
     attention = choose_attention(
         model_args.attn_implementation, config, attends_in_16_bits(model_args, args, config), model_args.attn_strict
     )
     plan = plan_batches(data_args, args, config, attention)
-    data = load_data(data_args, args, tokenizer, plan)
+    data = load_data(data_args, args, tokenizer, plan, logging_args.channels)
     if data_args.dry_run:
         return
     rows = {entry["path"]: entry["kept"] for entry in data.report["files"]}
@@ -80,6 +83,8 @@ def main(argv: list[str] | None = None) -> None:
         log_metrics_steps=logging_args.log_metrics_steps,
         row_lengths=data.lengths,
         peak_tflops=logging_args.peak_tflops,
+        channels=data.channels,
+        log_entropy=logging_args.log_entropy,
         data_collator=plan.collator(tokenizer),
         train_dataset=plan.training_rows(data.train, data.lengths),
         eval_dataset=data.evaluation,
@@ -93,21 +98,6 @@ def main(argv: list[str] | None = None) -> None:
     if args.process_index == 0:
         plot_curves(trainer.state.log_history, Path(args.output_dir) / "training_curves.png")
         print(summary(trainer))
-
-
-def make_directory(path: str, flag: str) -> Path:
-    """Makes a directory that is written to, on every rank, so that all find out together if they can't.
-
-    Raises:
-        UserError: it can't be made or written to.
-    """
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{flag} {path} can't be made: {error.strerror}") from error
-    if not os.access(path, os.W_OK):
-        raise UserError(f"{flag} {path} can't be written to: choose another directory or change its permissions")
-    return Path(path)
 
 
 def find_checkpoint(args: DFTTrainingArguments) -> str | None:
@@ -199,7 +189,11 @@ def plan_batches(
 
 
 def load_data(
-    data_args: DataArguments, args: DFTTrainingArguments, tokenizer: PreTrainedTokenizerBase, plan: BatchPlan
+    data_args: DataArguments,
+    args: DFTTrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: BatchPlan,
+    channels: Channels,
 ) -> PreparedData:
     """The training and evaluation rows, tokenised by one process of each node and read by all of them."""
     chat_format = ChatFormat(tokenizer, data_args.train_on, data_args.mask_thinking)
@@ -226,7 +220,7 @@ def load_data(
         overwrite_cache=data_args.overwrite_cache,
         progress=is_main and not args.disable_tqdm,
     )
-    data = load_prepared(once_per_node(prepare))
+    data = load_prepared(once_per_node(prepare), channels)
     if is_main:
         show_data(data, data_args, args, tokenizer, plan)
     return data

@@ -132,10 +132,10 @@ def arguments_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def ours(args: argparse.Namespace, rows: list[dict[str, list[int]]]) -> Trainer:
-    from arguments import DFTTrainingArguments
     from attention import choose_attention
     from batch_plan import BatchPlan
     from dft_trainer import DFTTrainer
+    from training_arguments import DFTTrainingArguments
 
     batching, _, option = args.way.removeprefix("ours_").partition("-")
     attention = choose_attention("auto", Qwen3Config(), is_16_bit=args.device == "cuda")

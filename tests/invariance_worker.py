@@ -20,7 +20,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq
 
-from arguments import DFTTrainingArguments
 from batching import FlatteningCollator
 from dft_loss import count_terms
 from dft_trainer import DFTTrainer
@@ -29,6 +28,7 @@ from packing import PackedRows, best_fit_decreasing
 from process_group import program
 from scripts.make_example_data import dialogues_zh, facts_en
 from scripts.make_tiny_model import make_model, make_tokenizer, strings
+from training_arguments import DFTTrainingArguments
 from varlen_attention import register
 
 LEARNING_RATE = 64.0

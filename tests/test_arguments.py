@@ -67,8 +67,8 @@ def test_batches_are_counted_in_rows_or_in_tokens():
 
 
 def test_ligers_losses_are_off(monkeypatch):
-    monkeypatch.setattr("arguments.has_accelerator", lambda: True)
-    monkeypatch.setattr("arguments.is_liger_kernel_available", lambda: True)
+    monkeypatch.setattr("training_arguments.has_accelerator", lambda: True)
+    monkeypatch.setattr("training_arguments.is_liger_kernel_available", lambda: True)
     args = parse("--use_liger_kernel", "True", "--liger_kernel_config", '{"rope": false}', "--use_cpu", "True")[-1]
     assert args.liger_kernel_config == {
         "rope": False,

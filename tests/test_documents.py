@@ -19,13 +19,24 @@ OTHERS = [
     "docs/data.md",
     "docs/loss.md",
     "ds_config/README.md",
+    "eval/README.md",
 ]
 MADE_BY_A_RUN = {  # named in the documents, made when the program runs
     "data_report.json", "rejected.jsonl", "training_curves.png", "train_log.jsonl", "all_results.json",
     "trainer_state.json", "training_args.json", "train_distributed.log", "my_run.yaml", "more.json", "train.jsonl",
-    "eval.jsonl", "chats.jsonl", "tracker_ids.json",
+    "eval.jsonl", "chats.jsonl", "tracker_ids.json", "my_rows.jsonl",
 }  # fmt: skip
-FLAGS_OF_OTHERS = {"--no-build-isolation", "--help", "--size", "--logdir", "--port"}  # of pip, of all, of programs
+FLAGS_OF_OTHERS = {
+    *(
+        "--no-build-isolation",
+        "--help",
+        "--size",
+        "--logdir",
+        "--port",
+    ),  # of pip, of all, of a benchmark, of TensorBoard
+    *("--model", "--model_args", "--tasks", "--include_path", "--apply_chat_template"),  # of lm-evaluation-harness
+    *("--batch_size", "--output_path", "--log_samples", "--metadata"),
+}
 
 
 @pytest.mark.parametrize("name", READMES + OTHERS)

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_loss
-from dft_loss import TokenWeight, count_terms, dft_loss_sum, token_scales
+from dft_loss import TokenWeight, count_terms, dft_loss_sum, entropy_of, supervised_rows, token_scales
 from fused_loss import LogitTransform, _softmax_gradient, chunked_dft_loss_sum, fused_dft_loss_sum, softmax_gradient_
 
 V, H = 53, 8
@@ -293,3 +293,38 @@ def test_turns_are_counted_as_unbroken_runs():
 def test_weights_outside_their_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         TokenWeight(**settings)
+
+
+@pytest.mark.parametrize("has_gradient", [True, False])
+@pytest.mark.parametrize("loss_sum", [from_logits, fused, chunked])
+def test_entropy(loss_sum, has_gradient):
+    """Of the logits after their transform, against float64; the loss stays what it is without it."""
+    case = Case(transform=LogitTransform(0.5, softcap=3.0))
+    hidden, head, bias, labels, _ = case.tensors()
+    args = (labels, case.weight, None)
+    logits = case.transform(hidden.double() @ head.double().T + bias.double())
+    log_p = torch.log_softmax(supervised_rows(logits, labels)[0], dim=-1)
+    expected = -(log_p.exp() * log_p).sum(-1)
+    own = {"transform": case.transform, "chunk_mb": 3 * 4 * V / 1e6, "with_entropy": True}
+    module = Head(H, V)
+    with torch.no_grad():
+        module.weight.copy_(head)
+        module.bias.copy_(bias)
+    with torch.set_grad_enabled(has_gradient):
+        if loss_sum is from_logits:
+            loss, tokens = dft_loss_sum(logits.float(), *args, with_entropy=True)
+        elif loss_sum is fused:
+            loss, tokens = fused_dft_loss_sum(hidden.requires_grad_(), head, *args, bias=bias, **own)
+        else:
+            loss, tokens = chunked_dft_loss_sum(hidden, module, *args, vocab_size=V, **own)
+    torch.testing.assert_close(tokens.entropy.double(), expected, rtol=1e-5, atol=1e-6)
+    assert not tokens.entropy.requires_grad
+    plain, without = dft_loss_sum(logits.float(), *args)
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
+    assert without.entropy is None
+
+
+def test_entropy_of_words_that_are_ruled_out():
+    """A model that masks words gives them logits of minus infinity: they add nothing."""
+    logits = torch.tensor([[0.0, 0.0, -math.inf], [5.0, -math.inf, -math.inf]])
+    assert entropy_of(logits).tolist() == pytest.approx([math.log(2), 0.0])

@@ -4,13 +4,16 @@ import json
 import os
 import sys
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import pytest
 from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from console import print_lines, record_line
-from tracking import Curves, GuardedTracker, TrackerIds, about_run, guard_trackers, name_tensorboard
+from console import print_lines, record_line, summary
+from dist_logger import UserError
+from trackers import GuardedTracker, TrackerIds, about_run, check_trackers, guard_trackers, name_tensorboard
+from tracking import Curves
 
 
 def test_a_record_is_one_line():
@@ -72,6 +75,69 @@ def test_a_tracker_that_fails_is_dropped_and_the_run_goes_on(make_trainer, monke
     assert caplog.text.count("Failing failed and is dropped, the run goes on: ConnectionError") == 1
 
 
+@pytest.fixture
+def trackers(tmp_path, monkeypatch):
+    """A command line's trackers, without keys, and no variable of theirs set."""
+    for variable in ("SWANLAB_MODE", "SWANLAB_LOG_DIR", "SWANLAB_API_KEY", "WANDB_MODE", "WANDB_DIR", "WANDB_API_KEY"):
+        monkeypatch.setenv(variable, "")  # so that it is put back
+        monkeypatch.delenv(variable)
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def check(*names: str, rank: int = 0) -> list[str]:
+        return check_trackers(SimpleNamespace(report_to=names, process_index=rank, output_dir=str(tmp_path / "out")))
+
+    return check
+
+
+def test_trackers_without_a_key_write_to_disk(trackers, caplog, tmp_path):
+    assert trackers("swanlab", "wandb", "tensorboard") == ["swanlab", "wandb", "tensorboard"]
+    assert os.environ["SWANLAB_MODE"] == os.environ["WANDB_MODE"] == "offline"
+    assert f"`swanlab sync {tmp_path}/out/swanlog/run-*`" in caplog.text
+    assert f"`wandb sync {tmp_path}/out/wandb/offline-run-*`" in caplog.text
+    assert trackers("swanlab", rank=1) == []
+
+
+def test_a_tracker_whose_server_fails_writes_to_disk(trackers, caplog, monkeypatch):
+    """A key that is no key is refused before anything goes over the network."""
+    monkeypatch.setenv("WANDB_API_KEY", "bad")
+    assert trackers("wandb") == ["wandb"]
+    assert os.environ["WANDB_MODE"] == "offline"
+    assert "its server can't be used (WANDB_API_KEY invalid" in caplog.text
+
+
+def test_modes_that_need_no_server_are_left_alone(trackers, caplog, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setenv("SWANLAB_MODE", "offline")
+    assert trackers("wandb", "swanlab") == ["wandb", "swanlab"]
+    assert (os.environ["WANDB_MODE"], os.environ["SWANLAB_MODE"], caplog.text) == ("disabled", "offline", "")
+
+
+def test_a_tracker_without_its_package_is_dropped(trackers, caplog, monkeypatch):
+    monkeypatch.setenv("SWANLAB_MODE", "local")
+    monkeypatch.setattr("trackers.find_spec", lambda name: None)
+    assert trackers("swanlab", "tensorboard", "comet_ml") == ["tensorboard"]
+    assert "pip install 'swanlab[dashboard]'" in caplog.text
+    assert "--report_to comet_ml: it can't start" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "variable", "value", "message"),
+    [
+        ("swanlab", "SWANLAB_MODE", "lokal", "SWANLAB_MODE is lokal; it must be one of online, cloud, offline, local"),
+        ("wandb", "WANDB_MODE", "x", "WANDB_MODE is x; it must be one of online, offline"),
+        ("swanlab", "SWANLAB_LOG_DIR", "/proc/x", "SWANLAB_LOG_DIR /proc/x can't be made"),
+        ("wandb", "WANDB_DIR", "/proc/x", "WANDB_DIR /proc/x can't be made"),
+        ("tensorboard", "TENSORBOARD_LOGGING_DIR", "/proc/x", "TENSORBOARD_LOGGING_DIR /proc/x can't be made"),
+    ],
+)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_mistakes_about_trackers_stop_every_rank(trackers, monkeypatch, name, variable, value, message, rank):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=message):
+        trackers(name, rank=rank)
+
+
 def test_what_a_tracker_decides_is_passed_on():
     class Stopping(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -127,6 +193,33 @@ def test_what_is_recorded_of_a_run(monkeypatch):
     json.dumps(about)
 
 
+def test_the_last_step_is_recorded(make_trainer):
+    trainer = make_trainer(max_steps=3, logging_steps=2)
+    trainer.train()
+    assert [r["step"] for r in trainer.state.log_history if "ce_loss" in r] == [2, 3]
+    silent = make_trainer(max_steps=3, logging_strategy="no")
+    silent.train()
+    assert not [r for r in silent.state.log_history if "ce_loss" in r]
+
+
+def test_a_run_ends_with_a_summary(make_trainer):
+    """Its tokens are those of all steps, whatever was logged."""
+    trainer = make_trainer(max_steps=3, per_device_train_batch_size=16, eval_strategy="steps", eval_steps=1)
+    result = trainer.train()
+    tokens = sum(map(len, trainer.train_dataset["input_ids"]))
+    supervised = sum(sum(label != -100 for label in labels[1:]) for labels in trainer.train_dataset["labels"])
+    assert result.metrics["train_tokens"] == 3 * tokens
+    assert result.metrics["train_supervised_tokens"] == 3 * supervised
+    speed = result.metrics["train_tokens_per_second"]
+    assert speed > 3 * tokens / result.metrics["train_runtime"]  # without the evaluations
+    text = summary(trainer)
+    assert text.startswith(f"Done: 3 steps in 0:00:0{round(result.metrics['train_runtime'])}, {3 * tokens:,} tokens, ")
+    for key in ("ce_loss", "train/avg_p_correct", "eval_ce_loss", "eval_acc"):
+        first, *_, last = [r[key] for r in trainer.state.log_history if key in r]
+        assert f" {first:.4f} at step 1 -> {last:.4f} at step 3" in text
+    assert f"python scripts/chat.py {trainer.args.output_dir}" in text
+
+
 def test_tensorboards_directory_has_the_name_of_the_run(monkeypatch, tmp_path):
     name = "TENSORBOARD_LOGGING_DIR"
     args = TrainingArguments(output_dir=str(tmp_path), run_name="first/try", report_to="none")
@@ -145,6 +238,6 @@ def test_tensorboards_directory_has_the_name_of_the_run(monkeypatch, tmp_path):
 
 
 def test_code_outside_a_repository_has_no_commit(monkeypatch, tmp_path):
-    monkeypatch.setattr("tracking.__file__", str(tmp_path / "tracking.py"))
+    monkeypatch.setattr("trackers.__file__", str(tmp_path / "trackers.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert about_run({}, {})["git_commit"] is None

@@ -6,37 +6,12 @@ import math
 import pytest
 import torch
 from conftest import ROOT, rows
+from recomputation import recomputed
 from transformers import DataCollatorForSeq2Seq
 
 from batching import PaddingCollator
 from epoch_order import FilledRows
 from scripts.make_tiny_model import make_model
-
-
-def recomputed(model, data, alpha: float) -> dict[str, float]:
-    """The metrics of the model on the rows, one row at a time, in float64."""
-    loss = nll_sum = p_sum = correct = weights = unlikely = sure = count = 0.0
-    model.eval()
-    for row in data:
-        ids, labels = torch.tensor([row["input_ids"]]), row["labels"]
-        with torch.no_grad():
-            log_p = torch.log_softmax(model(ids).logits[0].double(), dim=-1)
-        for t in range(len(labels) - 1):
-            if labels[t + 1] == -100:
-                continue
-            nll = -float(log_p[t, labels[t + 1]])
-            p = math.exp(-nll)
-            loss += (alpha * p + 1 - alpha) * nll
-            nll_sum += nll
-            p_sum += p
-            correct += int(log_p[t].argmax()) == labels[t + 1]
-            weights += alpha * p + 1 - alpha
-            unlikely += p < 0.01
-            sure += p > 0.99
-            count += 1
-    names = ("loss", "ce_loss", "avg_p_correct", "acc", "mean_weight", "p_below_0.01", "p_above_0.99")
-    sums = (loss, nll_sum, p_sum, correct, weights, unlikely, sure)
-    return {name: value / count for name, value in zip(names, sums, strict=True)}
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])

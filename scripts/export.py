@@ -1,0 +1,93 @@
+"""Write a trained model as a directory of its own, to serve, share or quantise it.
+
+    python scripts/export.py outputs/my-lora --output outputs/my-model                  # adapter merged into its base
+    python scripts/export.py outputs/dft/checkpoint-200 --output outputs/my-model --dtype bfloat16
+
+Written are the weights as safetensors, the tokenizer with its chat template, and a generation config that knows the
+tokens that end an answer. A README.md beside the model is copied.
+"""
+
+import argparse
+import re
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import logging
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from dist_logger import UserError
+from process_group import program
+from scripts.trained_model import DTYPES, TrainedModel, load_trained
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="directory of an adapter, a model or a checkpoint")
+    parser.add_argument("--output", type=Path, required=True, help="an empty directory, or one that is made")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="by default what the model is saved in")
+    parser.add_argument("--max_shard_size", default="5GB", help="of a file of weights; by default 5GB")
+    args = parser.parse_args(argv)
+    if not re.fullmatch(r"\d+[KMGT]B", args.max_shard_size):
+        raise UserError(f"--max_shard_size {args.max_shard_size}: give a number and a unit, such as 500MB or 5GB")
+    check_output(args.output)
+    logging.disable_progress_bar()
+    # merged in the dtype of the base model, so that its weights are rounded once
+    trained = merged(load_trained(args.model))
+    if args.dtype != "auto":
+        trained.model.to(getattr(torch, args.dtype))
+    save(trained, args.output, args.max_shard_size)
+    if (args.model / "README.md").is_file():
+        shutil.copyfile(args.model / "README.md", args.output / "README.md")
+    size = sum(path.stat().st_size for path in args.output.glob("*.safetensors")) / 2**20
+    print(f"{args.output}: {type(trained.model).__name__}, {trained.model.dtype}, {size:,.1f} MiB of weights")
+
+
+def check_output(path: Path) -> None:
+    """Makes the directory, before minutes of loading are lost.
+
+    Raises:
+        UserError: it isn't empty, or can't be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        is_empty = not any(path.iterdir())
+    except OSError as error:
+        raise UserError(f"--output {path} can't be made: {error.strerror}") from error
+    if not is_empty:
+        raise UserError(f"--output {path} isn't empty: give a new directory, or empty it")
+
+
+def merged(trained: TrainedModel) -> TrainedModel:
+    """The model with its adapter, if it has one, merged into the weights.
+
+    Raises:
+        UserError: an adapter of this kind has no weights to merge.
+    """
+    if not trained.is_adapter:
+        return trained
+    if trained.model.active_peft_config.is_prompt_learning:
+        kind = trained.model.active_peft_config.peft_type.value
+        raise UserError(f"an adapter of the kind {kind} puts tokens before the prompt, and can't be merged")
+    return replace(trained, model=trained.model.merge_and_unload(), is_adapter=False)
+
+
+def save(trained: TrainedModel, path: Path, max_shard_size: str) -> None:
+    """Writes model, tokenizer and generation config.
+
+    Raises:
+        UserError: they can't be written.
+    """
+    trained.model.generation_config.eos_token_id = trained.end_tokens or None
+    try:
+        trained.model.save_pretrained(path, max_shard_size=max_shard_size)
+        trained.tokenizer.save_pretrained(path)
+    except OSError as error:
+        raise UserError(f"--output {path} can't be written: {error}") from error
+
+
+if __name__ == "__main__":
+    with program():
+        main()

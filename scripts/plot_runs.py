@@ -1,0 +1,117 @@
+"""Draw several runs over one another, to compare them.
+
+    python scripts/plot_runs.py outputs/sft outputs/dft                                 # writes runs.png
+    python scripts/plot_runs.py outputs/sft outputs/dft --names SFT DFT --output a.png
+
+Each run is a directory with a train_log.jsonl. Drawn are cross-entropy and p_correct, of training (thin) and of the
+evaluation (dots). The loss is not: runs with another alpha minimise another function, and their losses say nothing
+about one another.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from dist_logger import UserError
+from process_group import program
+from tracking import PANELS, series
+
+COMPARED = ("Cross-entropy (nats per token)", "Probability of the correct token")
+KEYS = [key for title in COMPARED for key in PANELS[title].values()]
+TRAINING = {"linestyle": "-", "linewidth": 1, "alpha": 0.6}
+EVALUATION = {"linestyle": "-", "linewidth": 1.5, "marker": "o", "markersize": 5}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output directory of a run")
+    parser.add_argument("--names", nargs="+", help="one for each run; by default the names of the directories")
+    parser.add_argument("--output", type=Path, default=Path("runs.png"), help="the picture; by default runs.png")
+    args = parser.parse_args(argv)
+    names = run_names(args.runs, args.names)
+    plot_runs(dict(zip(names, map(read_log, args.runs), strict=True)), args.output)
+    print(args.output)
+
+
+def run_names(runs: list[Path], names: list[str] | None) -> list[str]:
+    """A name for each run: what was given, else the directory's name, else, where two have the same, its path.
+
+    Raises:
+        UserError: another number of names than of runs, or one name twice.
+    """
+    if names is None:
+        names = [run.resolve().name for run in runs]
+        if len(set(names)) < len(names):
+            names = [str(run) for run in runs]
+    if len(names) != len(runs):
+        raise UserError(f"--names: {len(names)} names for {len(runs)} runs; give one for each")
+    if len(set(names)) < len(names):
+        raise UserError(f"two runs have the same name: {' '.join(names)}; give each its own with --names")
+    return names
+
+
+def read_log(run: Path) -> list[dict[str, Any]]:
+    """The records of a run's train_log.jsonl.
+
+    Raises:
+        UserError: it is missing, broken, or without anything to draw.
+    """
+    path = run / "train_log.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} can't be read ({error}); a run is the --output_dir of a training") from error
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            records.append({key: math.nan if value is None else value for key, value in record.items()})
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{path}:{number}: not a record of a training ({error})") from error
+    if not any(key in record for record in records for key in KEYS):
+        raise UserError(f"{path} holds none of {', '.join(KEYS)}: nothing was logged yet, or not by this trainer")
+    return records
+
+
+def plot_runs(logs: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Draws the runs, records by name, to a picture.
+
+    Raises:
+        UserError: it can't be written.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(COMPARED), figsize=(12, 4.8), layout="constrained")
+    for axis, title in zip(axes, COMPARED, strict=True):
+        for i, log in enumerate(logs.values()):
+            for (label, key), style in zip(PANELS[title].items(), (TRAINING, EVALUATION), strict=True):
+                steps, values = series(log, key)
+                # a single point has no line to be seen by
+                dot = {"marker": "."} if label == "train" and len(steps) == 1 else {}
+                axis.plot(steps, values, color=f"C{i}", **style, **dot)
+        axis.set_title(title)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    lines = [plt.Line2D([], [], color=f"C{i}", linewidth=3, label=name) for i, name in enumerate(logs)]
+    for label, style in (("training", TRAINING), ("evaluation", EVALUATION)):
+        lines.append(plt.Line2D([], [], color="gray", label=label, **style))
+    figure.legend(handles=lines, loc="outside lower center", ncols=min(len(lines), 6), frameon=False)
+    try:
+        figure.savefig(path, dpi=110)
+    except (OSError, ValueError) as error:  # ValueError: not a format of pictures
+        raise UserError(f"--output {path} can't be written: {error}") from error
+    finally:
+        plt.close(figure)
+
+
+if __name__ == "__main__":
+    with program():
+        main()

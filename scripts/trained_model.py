@@ -1,0 +1,116 @@
+"""Loads what a training left, onto a device: a whole model, a checkpoint, or an adapter with its base model."""
+
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from chat_format import ChatFormat
+from dist_logger import UserError
+from training_row import RowRejected
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+# what libraries raise for files that are missing, broken, or of something else
+LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError)
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model ready to generate."""
+
+    model: PreTrainedModel  # a PeftModel if is_adapter
+    tokenizer: PreTrainedTokenizerBase
+    end_tokens: list[int]  # ids that end an answer
+    is_adapter: bool
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; for "auto" the accelerator, where there is one.
+
+    Raises:
+        UserError: this machine hasn't got it.
+    """
+    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name == "auto":
+        return there or torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: no such kind of device; use auto, cpu, cuda, cuda:1 or mps") from error
+    if device.type == "cpu":
+        return device
+    if there is None:
+        raise UserError(f"--device {name} isn't there; this machine has cpu and no accelerator that torch can use")
+    count = torch.accelerator.device_count()
+    if device.type != there.type or (device.index or 0) >= count:
+        raise UserError(f"--device {name} isn't there; this machine has cpu and {count} x {there}")
+    return device
+
+
+def load_trained(directory: Path, device: torch.device | str = "cpu", dtype: str = "auto") -> TrainedModel:
+    """Loads a model or an adapter, its tokenizer, and the tokens that end an answer.
+
+    Args:
+        dtype: of DTYPES; "auto" is the one that the (base) model is saved in.
+
+    Raises:
+        UserError: the directory holds neither, peft or the base model is missing, or a file can't be loaded.
+    """
+    is_adapter = (directory / "adapter_config.json").is_file()
+    if not is_adapter and not (directory / "config.json").is_file():
+        raise UserError(f"{directory} is not a model directory: neither config.json nor adapter_config.json is in it")
+    try:
+        model = load_adapter(directory, dtype) if is_adapter else load_model(str(directory), dtype)
+        has_tokenizer = (directory / "tokenizer_config.json").is_file()
+        source = model.name_or_path if is_adapter and not has_tokenizer else str(directory)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = model.to(device).eval()
+    except UserError:
+        raise
+    except LOADING_ERRORS as error:
+        raise UserError(f"{directory}: the model can't be loaded: {error}") from error
+    return TrainedModel(model, tokenizer, find_end_tokens(model, tokenizer), is_adapter)
+
+
+def load_model(name: str, dtype: str) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+
+
+def load_adapter(directory: Path, dtype: str) -> PreTrainedModel:
+    """A PeftModel: the base model that the adapter's own configuration names, with the adapter in it."""
+    try:
+        from peft import PeftConfig, PeftModel
+    except ImportError as error:
+        raise UserError(f"{directory} holds an adapter, which needs peft ({error}): pip install peft") from error
+    name = PeftConfig.from_pretrained(directory).base_model_name_or_path
+    try:
+        base = load_model(name, dtype)
+    except LOADING_ERRORS as error:
+        raise UserError(
+            f"{directory} is an adapter, and its base model {name} can't be loaded: {error}\nIf the base model lies "
+            "elsewhere now, mend base_model_name_or_path in adapter_config.json"
+        ) from error
+    with warnings.catch_warnings():  # peft asks transformers by names that are deprecated there
+        warnings.simplefilter("ignore", FutureWarning)
+        return PeftModel.from_pretrained(base, directory)
+
+
+def find_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end an answer: the model's own, the tokenizer's, and what the chat template ends a turn with.
+
+    A base model's own end token is often not the one that turns were trained to end with.
+    """
+    own = model.generation_config.eos_token_id
+    ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id}
+    probe = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    try:
+        labels = ChatFormat(tokenizer, train_on="last").encode(probe).labels
+        ends.add(int(labels[labels >= 0][-1]))
+    except RowRejected:
+        pass  # a template that doesn't take this conversation
+    return sorted(ends - {None})

@@ -1,0 +1,97 @@
+"""Metrics against their definitions: records, evaluations, sources, entropy; on any ranks, in any batches."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import run
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dft_loss import TokenStatistics
+from token_sums import TokenSums, channel_averages
+
+NAMES = {"avg_p_correct": "train/avg_p_correct", "acc": "token_accuracy"}  # what they are called in training records
+
+
+def worst(result: dict) -> float:
+    """The greatest relative difference between what was recorded and what was recomputed."""
+    expected = {NAMES.get(k, k): v for k, v in result["expected_train"].items()}
+    pairs = [(result["train"].get(key, math.inf), value) for key, value in expected.items()]
+    pairs += [(result["eval"].get(f"eval_{key}", math.inf), value) for key, value in result["expected_eval"].items()]
+    return max(abs(ours - theirs) / abs(theirs) for ours, theirs in pairs)
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("processes", [1, 2])
+def test_records_equal_a_recomputation_over_the_saved_model(tmp_path, processes):
+    """Padded and packed, in 1 and 8 micro-batches; sums of one rank alone and of one micro-batch are rejected."""
+    launcher = ["torchrun", "--standalone", "--nproc-per-node", processes] if processes > 1 else ["python"]
+    result = run([*launcher, "tests/metrics_worker.py", tmp_path])
+    assert result.returncode == 0, result.stdout[-4000:]
+
+    def read(directory):
+        return {path.stem: json.loads(path.read_text()) for path in directory.glob("*.json")}
+
+    found = read(tmp_path)
+    assert set(found) == {"padded-1", "padded-8", "packed-1", "packed-8"}
+    for name, some in found.items():
+        print(f"{processes} processes, {name}: {worst(some):.1e}")
+        assert {key for key in some["expected_train"] if key.startswith("channel/rare")}
+        assert 0 < some["expected_train"]["p_below_0.01"] < 1 > some["expected_train"]["p_above_0.99"] > 0
+        assert worst(some) < 1e-5, name
+    mutants = ("last_batch",) if processes == 1 else ("last_batch", "own_rank")
+    for mutant in mutants:
+        assert worst(read(tmp_path / mutant)["padded-8"]) > 1e-3, mutant
+
+
+# ---- sums ---------------------------------------------------------------------------------------
+
+
+class Transfers(TorchDispatchMode):
+    """Notes what makes the host wait for the device: reads of values, and copies between the two."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        before = {x.device.type for x in args if isinstance(x, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        after = {result.device.type} if isinstance(result, torch.Tensor) else set()
+        if before and len(before | after) > 1:
+            self.found.append(str(func))
+        return result
+
+
+def add_one(sums: TokenSums, device: str) -> None:
+    n = 5
+    tokens = TokenStatistics(
+        targets=torch.zeros(n, dtype=torch.int64, device=device),
+        nll=torch.ones(n, device=device),
+        p_correct=torch.full((n,), 0.5, device=device),
+        is_top1=torch.ones(n, dtype=torch.bool, device=device),
+        entropy=torch.ones(n, device=device),
+    )
+    loss, terms = torch.ones((), device=device), torch.full((), n, device=device)
+    lengths, channel = torch.full((2,), 4, device=device), torch.zeros(n, dtype=torch.int64, device=device)
+    sums.add(loss, terms, tokens, tokens.p_correct, lengths, 8, channel)
+
+
+def test_a_micro_batch_is_added_without_waiting_for_the_device():
+    """On a GPU that isn't there: values that are asked for raise, copies between host and device are noted."""
+    with FakeTensorMode(), Transfers() as transfers:
+        sums = TokenSums(torch.device("cuda"), num_channels=2)
+        add_one(sums, "cuda")
+        assert sums.values.device.type == "cuda"
+        assert transfers.found == []
+        torch.as_tensor(3, device="cuda")  # what `add` must not do
+        assert transfers.found
+
+
+def test_sources_without_tokens_have_no_metrics():
+    sums = TokenSums(torch.device("cpu"), num_channels=2)
+    add_one(sums, "cpu")
+    found = channel_averages(sums.values.tolist(), ["a", "b"])
+    assert found == {"channel/a/ce_loss": 1.0, "channel/a/p_correct": 0.5, "channel/a/acc": 1.0}

@@ -1,0 +1,251 @@
+"""SwanLab, WandB, TensorBoard: checked before anything is loaded, started with what a run is, unable to end it."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from functools import partialmethod
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, default_logdir
+
+from dist_logger import UserError, get_logger, make_directory
+
+logger = get_logger(__name__)
+
+# the modes of each, and the variable that chooses one
+MODES = {
+    "swanlab": ("SWANLAB_MODE", ("online", "cloud", "offline", "local", "disabled")),
+    "wandb": ("WANDB_MODE", ("online", "offline", "shared", "disabled", "dryrun", "run")),
+}
+
+
+# ---- before a run -------------------------------------------------------------------------------
+
+
+def check_trackers(args: TrainingArguments) -> list[str]:
+    """The trackers of `report_to` that can be used. Called by every rank, before anything heavy is loaded.
+
+    One without its package is dropped with a warning. One without an API key, or whose server doesn't accept it or
+    can't be reached, is set to write to disk, with a warning that says how to upload that.
+
+    Raises:
+        UserError: an unknown mode, or a directory that can't be written to.
+    """
+    usable = []
+    for name in args.report_to:
+        check_mode(name)
+        make_directory(*directory_of(name, args))
+        try:
+            if args.process_index == 0:
+                INTEGRATION_TO_CALLBACK[name]()  # says what is missing
+                if name in MODES:
+                    choose_mode(name, args)
+            usable.append(name)
+        except Exception as error:  # whatever it is, a tracker must not end a training run
+            logger.warning("--report_to %s: it can't start, going on without it: %s", name, error)
+    return usable if args.process_index == 0 else []
+
+
+def check_mode(name: str) -> None:
+    """Raises UserError for a mode that a tracker doesn't have."""
+    variable, modes = MODES.get(name, ("", ()))
+    mode = os.environ.get(variable)
+    if mode and mode not in modes:
+        raise UserError(f"{variable} is {mode}; it must be one of {', '.join(modes)}")
+
+
+def directory_of(name: str, args: TrainingArguments) -> tuple[str, str]:
+    """Where a tracker writes to, and the setting that says so."""
+    settings = {
+        "swanlab": ("SWANLAB_LOG_DIR", os.path.join(args.output_dir, "swanlog")),
+        "wandb": ("WANDB_DIR", args.output_dir),
+        "tensorboard": ("TENSORBOARD_LOGGING_DIR", args.output_dir),
+    }
+    variable, default = settings.get(name, ("", args.output_dir))
+    return os.environ.get(variable, default), variable if variable in os.environ else "--output_dir"
+
+
+def choose_mode(name: str, args: TrainingArguments) -> None:
+    """Writes a tracker's mode to its variable: offline where it would be online and can't be."""
+    variable, _ = MODES[name]
+    mode = os.environ.get(variable) or "online"
+    mode = {"cloud": "online", "run": "online"}.get(mode, mode)
+    if name == "swanlab" and mode == "local" and not find_spec("swanboard"):
+        raise ImportError("its local mode needs a package more: pip install 'swanlab[dashboard]'")
+    reason = ""
+    if mode == "online":
+        reason = {"swanlab": why_not_online_swanlab, "wandb": why_not_online_wandb}[name]()
+    os.environ[variable] = "offline" if reason else mode
+    if reason:
+        directory, _ = directory_of(name, args)
+        where, runs = {"swanlab": (directory, "run-*"), "wandb": (f"{directory}/wandb", "offline-run-*")}[name]
+        logger.warning(
+            "%s: %s, so the run is written to %s; upload it with `%s sync %s/%s`",
+            *(name, reason, where, name, where, runs),
+        )
+
+
+def why_not_online_swanlab() -> str:
+    """Why SwanLab's server can't be used; "" where it can."""
+    import swanlab
+
+    if not swanlab.Settings().api_key:
+        return "no API key"
+    try:
+        swanlab.login()
+    except Exception as error:  # of the network, of the server, of the key
+        return f"its server can't be used ({error})"
+    return ""
+
+
+def why_not_online_wandb() -> str:
+    """Why WandB's server can't be used; "" where it can."""
+    import wandb
+
+    try:
+        return "" if wandb.login(prompt=False) else "no API key"
+    except Exception as error:  # of the network, of the server, of the key
+        return f"its server can't be used ({error})"
+
+
+# ---- the start of a run -------------------------------------------------------------------------
+
+
+def start_trackers(
+    args: TrainingArguments, settings: dict[str, Any], files: dict[str, int], is_resumed: bool = False
+) -> list[str]:
+    """Starts those of `report_to` that have to be started early, and returns the usable ones. Rank 0 alone tracks.
+
+    A run that is resumed goes on in the trackers where it stopped.
+
+    Args:
+        settings, files: recorded with the run, see `about_run`.
+    """
+    about, ids = about_run(settings, files), TrackerIds(args.output_dir, is_resumed)
+    usable = []
+    for name in args.report_to:
+        start = {"swanlab": start_swanlab, "wandb": start_wandb}.get(name)
+        try:
+            if start is not None:
+                start(args, about, ids)
+            elif name == "tensorboard":
+                name_tensorboard(args)
+            usable.append(name)
+        except Exception as error:  # whatever it is, a tracker must not end a training run
+            logger.warning("--report_to %s: it can't start, going on without it: %s", name, error)
+    return usable
+
+
+def about_run(settings: dict[str, Any], files: dict[str, int]) -> dict[str, Any]:
+    """What a run was: its own settings, rows by data file, versions, the commit of the code, the command line."""
+    packages = ("torch", "transformers", "accelerate", "deepspeed", "datasets")
+    return {
+        "dft": settings,
+        "data_rows": files,
+        "versions": {name: version(name) for name in packages},
+        "git_commit": _git_commit(),
+        "command_line": shlex.join(sys.argv),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the code; None where it is not in a git repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+class TrackerIds:
+    """The names that trackers gave to a run, kept in its output directory."""
+
+    def __init__(self, output_dir: str | Path, is_resumed: bool):
+        self._path = Path(output_dir) / "tracker_ids.json"
+        is_kept = is_resumed and self._path.is_file()
+        self._ids = json.loads(self._path.read_text(encoding="utf-8")) if is_kept else {}
+
+    def to_go_on(self, tracker: str) -> dict[str, str]:
+        """What a tracker is told so that it goes on with an earlier run, if there is one."""
+        return {"id": self._ids[tracker], "resume": "allow"} if tracker in self._ids else {}
+
+    def keep(self, tracker: str, name: str) -> None:
+        self._ids[tracker] = name
+        self._path.write_text(json.dumps(self._ids) + "\n", encoding="utf-8")
+
+
+def start_swanlab(args: TrainingArguments, about: dict[str, Any], ids: TrackerIds) -> None:
+    """Starts SwanLab's run here, because transformers' callback fails where no run exists yet.
+
+    SWANLAB_MODE, SWANLAB_LOG_DIR and SWANLAB_PROJECT are respected.
+    """
+    import swanlab
+
+    project = os.environ.pop("SWANLAB_PROJECT", args.project)  # swanlab itself fails on this variable
+    mode = os.environ["SWANLAB_MODE"]
+    if mode == "local":  # whose page shows a nested setting as [object Object]
+        about = {name: json.dumps(value) if isinstance(value, dict) else value for name, value in about.items()}
+    settings = {"project": project, "name": args.run_name, "mode": mode, "config": about}
+    run = swanlab.init(log_dir=directory_of("swanlab", args)[0], **settings, **ids.to_go_on("swanlab"))
+    ids.keep("swanlab", run.id)
+
+
+def start_wandb(args: TrainingArguments, about: dict[str, Any], ids: TrackerIds) -> None:
+    """Starts WandB's run. WANDB_MODE, WANDB_DIR and WANDB_PROJECT are respected."""
+    import wandb
+
+    project = os.environ.get("WANDB_PROJECT", args.project)
+    settings = {"project": project, "name": args.run_name, "mode": os.environ["WANDB_MODE"], "config": about}
+    run = wandb.init(dir=directory_of("wandb", args)[0], **settings, **ids.to_go_on("wandb"))
+    ids.keep("wandb", run.id)
+
+
+# ---- while it goes on ---------------------------------------------------------------------------
+
+
+def name_tensorboard(args: TrainingArguments) -> None:
+    """Lets TensorBoard list the run by its name, which is that of its directory. TENSORBOARD_LOGGING_DIR is respected.
+
+    A second run of a name, resumed or anew, gets the time in its name: in one directory the curves would be mixed.
+    """
+    if args.run_name and "TENSORBOARD_LOGGING_DIR" not in os.environ:
+        directory = Path(args.output_dir, "runs", args.run_name.replace(os.sep, "_"))
+        if directory.exists():
+            directory = directory.with_name(f"{directory.name}_{Path(default_logdir()).name}")
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(directory)
+
+
+class GuardedTracker(TrainerCallback):
+    """A tracker whose failure ends the tracking, with a warning, and not the run."""
+
+    def __init__(self, callback: TrainerCallback):
+        self.callback: TrainerCallback | None = callback
+        self.name = type(callback).__name__.removesuffix("Callback")
+
+    def call(self, event: str, *args: Any, **kwargs: Any) -> Any:
+        """What the tracker does at an event of the training."""
+        if self.callback is None:
+            return None
+        try:
+            return getattr(self.callback, event)(*args, **kwargs)
+        except Exception as error:  # whatever it is, a tracker must not end a training run
+            logger.warning("%s failed and is dropped, the run goes on: %s: %s", self.name, type(error).__name__, error)
+            self.callback = None
+            return None
+
+
+# every event goes through `call`
+for _event in (name for name in vars(TrainerCallback) if name.startswith("on_")):
+    setattr(GuardedTracker, _event, partialmethod(GuardedTracker.call, _event))
+
+
+def guard_trackers(trainer: Trainer) -> None:
+    """Lets the run go on whatever its trackers do."""
+    handler, trackers = trainer.callback_handler, tuple(INTEGRATION_TO_CALLBACK.values())
+    handler.callbacks = [GuardedTracker(c) if isinstance(c, trackers) else c for c in handler.callbacks]
