@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, default_logdir
 
 from dist_logger import UserError, get_logger, make_directory
 
@@ -124,7 +124,7 @@ def start_trackers(args: TrainingArguments, about: dict[str, Any], is_resumed: b
     ids = TrackerIds(args.output_dir, is_resumed)
     usable = []
     for name in args.report_to:
-        start = {"swanlab": start_swanlab, "wandb": start_wandb}.get(name)
+        start = {"swanlab": start_swanlab, "wandb": start_wandb, "tensorboard": start_tensorboard}.get(name)
         try:
             if start is not None:
                 start(args, about, ids)
@@ -142,8 +142,12 @@ class TrackerIds:
         is_kept = is_resumed and self._path.is_file()
         self._ids = json.loads(self._path.read_text(encoding="utf-8")) if is_kept else {}
 
+    def earlier(self, tracker: str) -> str | None:
+        """The name that a tracker gave to the run that is resumed, if it did."""
+        return self._ids.get(tracker)
+
     def to_go_on(self, tracker: str) -> dict[str, str]:
-        """What a tracker is told so that it goes on with an earlier run, if there is one."""
+        """What SwanLab and WandB are told so that they go on with an earlier run, if there is one."""
         return {"id": self._ids[tracker], "resume": "allow"} if tracker in self._ids else {}
 
     def keep(self, tracker: str, name: str) -> None:
@@ -159,7 +163,10 @@ def start_swanlab(args: TrainingArguments, about: dict[str, Any], ids: TrackerId
     import swanlab
 
     project = os.environ.pop("SWANLAB_PROJECT", args.project)  # swanlab itself fails on this variable
-    settings = {"project": project, "name": args.run_name, "mode": os.environ["SWANLAB_MODE"], "config": about}
+    mode = os.environ["SWANLAB_MODE"]
+    if mode == "local":  # whose page shows a nested setting as [object Object]
+        about = {name: json.dumps(value) if isinstance(value, dict) else value for name, value in about.items()}
+    settings = {"project": project, "name": args.run_name, "mode": mode, "config": about}
     run = swanlab.init(log_dir=directory_of("swanlab", args)[0], **settings, **ids.to_go_on("swanlab"))
     ids.keep("swanlab", run.id)
 
@@ -172,6 +179,21 @@ def start_wandb(args: TrainingArguments, about: dict[str, Any], ids: TrackerIds)
     settings = {"project": project, "name": args.run_name, "mode": os.environ["WANDB_MODE"], "config": about}
     run = wandb.init(dir=directory_of("wandb", args)[0], **settings, **ids.to_go_on("wandb"))
     ids.keep("wandb", run.id)
+
+
+def start_tensorboard(args: TrainingArguments, about: dict[str, Any], ids: TrackerIds) -> None:
+    """Chooses TensorBoard's directory, by whose name it lists the run. TENSORBOARD_LOGGING_DIR is respected.
+
+    Another run of the name gets the time in its own: in one directory the curves would be mixed.
+    """
+    if "TENSORBOARD_LOGGING_DIR" in os.environ:
+        return
+    earlier, now = ids.earlier("tensorboard"), Path(default_logdir()).name
+    directory = Path(earlier or Path(args.output_dir, "runs", (args.run_name or now).replace(os.sep, "_")))
+    if directory.exists() and earlier is None:
+        directory = directory.with_name(f"{directory.name}_{now}")
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(directory)
+    ids.keep("tensorboard", str(directory))
 
 
 # ---- while it goes on ---------------------------------------------------------------------------

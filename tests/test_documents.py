@@ -15,6 +15,7 @@ READMES = ["README.md", "README.zh.md"]
 OTHERS = [
     "CONTRIBUTING.md",
     "docs/batches.md",
+    "docs/dashboards.md",
     "docs/data.md",
     "docs/loss.md",
     "ds_config/README.md",
@@ -27,6 +28,7 @@ MADE_BY_A_RUN = {  # named in the documents, made when the program runs
 }  # fmt: skip
 FLAGS_OF_OTHERS = {
     *("--no-build-isolation", "--help", "--size"),  # of pip, of all, of a benchmark
+    *("--logdir", "--port"),  # of TensorBoard
     *("--model", "--model_args", "--tasks", "--include_path", "--apply_chat_template"),  # of lm-evaluation-harness
     *("--batch_size", "--output_path", "--log_samples", "--metadata"),
 }
@@ -79,7 +81,7 @@ def test_constraints_cover_the_requirements():
     constraints = (ROOT / "constraints.txt").read_text().splitlines()
     pinned = {line.split("==")[0].lower() for line in constraints if "==" in line}
     for line in (ROOT / "requirements.txt").read_text().splitlines():
-        package = re.split(r"[<>=# ]", line)[0].lower()
+        package = re.split(r"[<>=#\[ ]", line)[0].lower()
         assert not package or package in pinned, package
 
 

@@ -1,15 +1,16 @@
 """What a run shows while it trains: a line for each record, trackers that may fail, curves at every save."""
 
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from console import print_lines, record_line, summary
 from dist_logger import UserError
-from trackers import GuardedTracker, TrackerIds, check_trackers, guard_trackers
+from trackers import GuardedTracker, TrackerIds, check_trackers, guard_trackers, start_tensorboard
 from tracking import Curves
 
 
@@ -205,3 +206,27 @@ def test_a_run_ends_with_a_summary(make_trainer):
         first, *_, last = [r[key] for r in trainer.state.log_history if key in r]
         assert f" {first:.4f} at step 1 -> {last:.4f} at step 3" in text
     assert f"python scripts/chat.py {trainer.args.output_dir}" in text
+
+
+def test_tensorboards_directory_has_the_name_of_the_run(monkeypatch, tmp_path):
+    """Another run of the name has one of its own, a resumed run has the same."""
+    variable = "TENSORBOARD_LOGGING_DIR"
+    args = TrainingArguments(output_dir=str(tmp_path), run_name="first/try", report_to="none")
+
+    def directory(is_resumed: bool = False, args=args) -> Path:
+        monkeypatch.delenv(variable, raising=False)
+        start_tensorboard(args, {}, TrackerIds(tmp_path, is_resumed))
+        os.makedirs(os.environ[variable], exist_ok=True)
+        return Path(os.environ[variable])
+
+    first = directory()
+    assert first == tmp_path / "runs" / "first_try"
+    second = directory()
+    assert second.parent == first.parent
+    assert second.name.startswith("first_try_")
+    assert directory(is_resumed=True) == second
+    nameless = TrainingArguments(output_dir=str(tmp_path), report_to="none")
+    assert "first" not in directory(args=nameless).name
+    monkeypatch.setenv(variable, "chosen")
+    start_tensorboard(args, {}, TrackerIds(tmp_path, is_resumed=True))
+    assert os.environ[variable] == "chosen"
