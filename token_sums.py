@@ -16,9 +16,9 @@ class TokenSums:
         num_channels: sources of the tokens, each with sums behind the others: nll, p_correct, is_top1, tokens.
     """
 
-    # order of the entries of the tensor
-    LOSS, TERMS, NLL, P_CORRECT, TOP1, WEIGHT, P_BELOW, P_ABOVE, WEIGHT_BELOW, ENTROPY = range(10)
-    SUPERVISED, TOKENS, POSITIONS, PAIRS = range(10, 14)
+    # order of the entries of the tensor: what is known of each token, then of the micro-batch
+    NLL, P_CORRECT, TOP1, WEIGHT, P_BELOW, P_ABOVE, WEIGHT_BELOW, ENTROPY = range(8)
+    LOSS, TERMS, SUPERVISED, TOKENS, POSITIONS, PAIRS = range(8, 14)
     COUNT = 14
     OF_CHANNEL = 4
 
@@ -46,28 +46,24 @@ class TokenSums:
             num_positions: its tokens and its padding.
             channel: the source of each supervised token, [N].
         """
-        lengths = lengths.to(self.values.dtype)
-        nll = tokens.nll.detach()
-        parts = (
-            loss_sum.detach(),
-            num_terms,
-            nll.sum(),
-            tokens.p_correct.sum(),
-            tokens.is_top1.sum(),
-            weights.sum(),
-            (tokens.p_correct < UNLIKELY).sum(),
-            (tokens.p_correct > SURE).sum(),
-            (weights < UNLIKELY).sum(),
-            0 if tokens.entropy is None else tokens.entropy.sum(),
-            nll.numel(),
-            lengths.sum(),
-            num_positions,
-            lengths.square().sum(),
+        nll, p_correct = tokens.nll.detach(), tokens.p_correct
+        of_token = (
+            nll,
+            p_correct,
+            tokens.is_top1,
+            weights,
+            p_correct < UNLIKELY,
+            p_correct > SURE,
+            weights < UNLIKELY,
+            torch.zeros_like(nll) if tokens.entropy is None else tokens.entropy,
         )
-        self.values.narrow(0, 0, self.COUNT).add_(torch.stack([self._number(part) for part in parts]))
+        each = torch.stack([x.to(nll.dtype) for x in of_token], dim=1).to(self.values.dtype)  # [N, 8]
+        lengths = lengths.to(self.values.dtype)
+        of_batch = (loss_sum.detach(), num_terms, len(nll), lengths.sum(), num_positions, lengths.square().sum())
+        numbers = torch.cat([each.sum(0), torch.stack([self._number(x) for x in of_batch])])
+        self.values.narrow(0, 0, self.COUNT).add_(numbers)
         if channel is not None:
-            each = (nll, tokens.p_correct, tokens.is_top1.to(nll.dtype), torch.ones_like(nll))
-            each = torch.stack(each, dim=1).to(self.values.dtype)  # [N, 4]
+            each = torch.cat([each.narrow(1, 0, 3), torch.ones_like(each.narrow(1, 0, 1))], dim=1)  # [N, 4]
             of_channels = self.values.narrow(0, self.COUNT, len(self.values) - self.COUNT)
             of_channels.view(-1, self.OF_CHANNEL).index_add_(0, channel, each)
 

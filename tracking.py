@@ -58,7 +58,9 @@ def plot_curves(log_history: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 3, figsize=(15, 7), layout="constrained")
+    # fixed margins: matplotlib's layouts draw everything twice
+    margins = {"left": 0.04, "right": 0.99, "bottom": 0.07, "top": 0.95, "wspace": 0.16, "hspace": 0.28}
+    figure, axes = plt.subplots(2, 3, figsize=(15, 7), gridspec_kw=margins)
     for axis, (title, keys) in zip(axes.flat, PANELS.items(), strict=True):
         for color, (label, key) in zip(("tab:blue", "tab:orange"), keys.items(), strict=False):
             steps, values = series(log_history, key)
@@ -67,6 +69,7 @@ def plot_curves(log_history: list[dict[str, Any]], path: Path) -> None:
                 axis.plot(steps, values, color=color, label=label, marker=marker, markersize=4)
         axis.set_title(title)
         axis.set_xlabel("step")
+        axis.ticklabel_format(axis="y", scilimits=(-2, 4))  # 0.002 is 2 under 1e-3: short numbers fit the margins
         axis.grid(alpha=0.3)
         if len(keys) > 1:
             axis.legend()
