@@ -25,10 +25,12 @@ MADE_BY_A_RUN = {  # named in the documents, made when the program runs
     "data_report.json", "rejected.jsonl", "training_curves.png", "train_log.jsonl", "all_results.json",
     "trainer_state.json", "training_args.json", "train_distributed.log", "my_run.yaml", "more.json", "train.jsonl",
     "eval.jsonl", "chats.jsonl", "tracker_ids.json", "my_rows.jsonl",
+    "run.json", "test.jsonl",
 }  # fmt: skip
 FLAGS_OF_OTHERS = {
     *("--no-build-isolation", "--help", "--size"),  # of pip, of all, of a benchmark
     *("--logdir", "--port"),  # of TensorBoard
+    *("--names", "--output"),  # of plot_runs.py and export.py, evaluate.py
     *("--model", "--model_args", "--tasks", "--include_path", "--apply_chat_template"),  # of lm-evaluation-harness
     *("--batch_size", "--output_path", "--log_samples", "--metadata"),
 }
