@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,6 +19,7 @@ from dist_logger import UserError, rank_and_world_size
 
 T = TypeVar("T")
 USER_ERROR_STATUS = 2
+SECONDS_TO_SAY_IT = 30.0  # that rank 0 may be behind the others
 
 # Preparing data may take hours on one process; the others must not give up
 PATIENCE = timedelta(days=7)
@@ -27,15 +29,18 @@ PATIENCE = timedelta(days=7)
 def program():
     """Around a whole program: leaves the process group at its end, and makes a UserError its one message.
 
-    A UserError ends the program with status 2 and is printed on stderr by rank 0. Other exceptions pass.
+    A UserError ends the program with status 2 and is printed on stderr by rank 0. Other ranks wait for that: a
+    launcher ends all of them when one has ended, so that the first to end must be the one that says why. Only
+    where nobody ends them do they say it themselves. Other exceptions pass.
     The process ends here: nothing that follows is run.
     """
     status = 0
     try:
         yield
     except UserError as error:
-        if rank_and_world_size()[0] == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if rank_and_world_size()[0] > 0:
+            time.sleep(SECONDS_TO_SAY_IT)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         status = USER_ERROR_STATUS
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -277,12 +278,28 @@ def test_mistakes_that_need_the_files(train, name):
     assert "Traceback" not in result.stdout
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_a_mistake_is_status_2_on_all_ranks_under_every_launcher(train, launcher):
-    result = train("--logging_dir", "/proc/x", expect=2, LAUNCHER=launcher)
+@pytest.mark.parametrize(
+    ("launcher", "flags", "message"),
+    [
+        ("torchrun", ["--report_to", "swanlap"], "--report_to: unknown tracker swanlap; did you mean swanlab?"),
+        ("deepspeed", ["--logging_dir", "/proc/x"], "--logging_dir /proc/x can't be made: No such file or directory"),
+    ],
+)
+def test_a_mistake_is_status_2_on_all_ranks_under_every_launcher(train, launcher, flags, message):
+    result = train(*flags, expect=2, LAUNCHER=launcher)
     errors = [text for text in result.stdout.splitlines() if text.startswith("error: ")]
-    assert errors == ["error: --logging_dir /proc/x can't be made: No such file or directory"]
+    assert errors == [f"error: {message}"]
     assert "once_per_node" not in result.stdout
+
+
+def test_rank_0_has_the_time_to_say_what_is_wrong():
+    """The launcher ends all ranks when one has ended."""
+    script = "import process_group as g; g.SECONDS_TO_SAY_IT = 2.0; print('waits', flush=True)\nwith g.program():\n"
+    command = [sys.executable, "-c", script + "    raise g.UserError('wrong')"]
+    start = time.monotonic()
+    result = subprocess.run(command, env=os.environ | {"RANK": "1"}, capture_output=True, text=True, cwd=ROOT)
+    assert (result.returncode, result.stderr.splitlines()[-1]) == (2, "error: wrong")
+    assert time.monotonic() - start > 2.0
 
 
 def test_a_tracker_that_is_missing_is_dropped(train):
