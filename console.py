@@ -1,11 +1,11 @@
-"""What a run says of itself: a line for each record where there is no progress bar, and a summary at the end."""
+"""What a run says of itself: a line for each record, a progress bar in a terminal, and a summary at the end."""
 
 import time
 from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from tracking import series
 
@@ -74,10 +74,20 @@ class ConsoleLog(TrainerCallback):
             print(line, flush=True)
 
 
+class ProgressLine(ProgressCallback):
+    """Trainer's progress bar, with a line for each record above it."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        line = record_line(logs or {}, state.global_step, state.max_steps)
+        if line is not None and state.is_world_process_zero and self.training_bar is not None:
+            self.training_bar.write(line)
+
+
 def print_lines(trainer: Trainer) -> None:
-    """Puts ConsoleLog in the place of the callback that prints records as dictionaries, if there is one."""
-    if trainer.pop_callback(PrinterCallback) is not None:
-        trainer.add_callback(ConsoleLog())
+    """Has records printed as lines, with a progress bar or without, where Trainer prints dictionaries."""
+    for theirs, ours in ((PrinterCallback, ConsoleLog), (ProgressCallback, ProgressLine)):
+        if trainer.pop_callback(theirs) is not None:
+            trainer.add_callback(ours())
 
 
 def summary(trainer: Trainer) -> str:

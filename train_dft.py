@@ -325,7 +325,7 @@ def load_model(
 def save(trainer: DFTTrainer, metrics: dict[str, float]) -> None:
     """Writes the final model, its tokenizer, the metrics and the trainer's state to the output directory."""
     args = trainer.args
-    trainer.log_metrics("train", metrics)
+    show_metrics(trainer, "train", metrics)
     trainer.save_metrics("train", metrics)
     if trainer.eval_dataset is not None:
         evaluations = [r for r in trainer.state.log_history if "eval_loss" in r]
@@ -334,7 +334,7 @@ def save(trainer: DFTTrainer, metrics: dict[str, float]) -> None:
             metrics = {key: value for key, value in evaluations[-1].items() if key != "step"}
         else:
             metrics = trainer.evaluate()
-        trainer.log_metrics("eval", metrics)
+        show_metrics(trainer, "eval", metrics)
         trainer.save_metrics("eval", metrics)
     trainer.save_model()
     trainer.save_state()
@@ -342,6 +342,11 @@ def save(trainer: DFTTrainer, metrics: dict[str, float]) -> None:
         # the final model holds no pickle; keys and tokens are left out of the JSON
         (Path(args.output_dir) / "training_args.bin").unlink(missing_ok=True)
         (Path(args.output_dir) / "training_args.json").write_text(args.to_json_string() + "\n", encoding="utf-8")
+
+
+def show_metrics(trainer: DFTTrainer, split: str, metrics: dict[str, float]) -> None:
+    """Prints metrics but for those of each source, which may be very many; the files have them."""
+    trainer.log_metrics(split, {key: value for key, value in metrics.items() if "channel/" not in key})
 
 
 if __name__ == "__main__":

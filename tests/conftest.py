@@ -160,9 +160,8 @@ def make_trainer(tokenizer, tmp_path):
             output_dir=str(tmp_path),
             use_cpu=True,
             report_to="none",
-            disable_tqdm=True,
+            **{"disable_tqdm": True, "per_device_eval_batch_size": 3, "logging_steps": 1, "max_steps": 2, **settings},
             save_strategy="no",
-            **{"per_device_eval_batch_size": 3, "logging_steps": 1, "max_steps": 2, **settings},
         )
         return DFTTrainer(
             model or make_model(600, hidden_size=32, num_layers=2),

@@ -49,6 +49,16 @@ def test_lines_take_the_place_of_dictionaries(make_trainer, capsys):
     assert "{" not in shown
 
 
+def test_lines_stand_above_a_progress_bar(make_trainer, capsys):
+    trainer = make_trainer(max_steps=3, eval_strategy="steps", eval_steps=3, disable_tqdm=False)
+    print_lines(trainer)
+    trainer.train()
+    shown = capsys.readouterr()
+    assert [text.split("  ")[0] for text in shown.out.splitlines()] == [f"step {i}/3" for i in (1, 2, 3, 3)]
+    assert "3/3" in shown.err
+    assert "{" not in shown.out + shown.err
+
+
 class Failing(TrainerCallback):
     """A tracker whose network goes away."""
 
