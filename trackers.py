@@ -24,28 +24,26 @@ MODES = {
 # ---- before a run -------------------------------------------------------------------------------
 
 
-def check_trackers(args: TrainingArguments) -> list[str]:
-    """The trackers of `report_to` that can be used. Called by every rank, before anything heavy is loaded.
+def check_trackers(args: TrainingArguments) -> dict[str, str]:
+    """The trackers of `report_to` that can be used, and their modes. Called by every rank, before anything is loaded.
 
     One without its package is dropped with a warning. One without an API key, or whose server doesn't accept it or
-    can't be reached, is set to write to disk, with a warning that says how to upload that.
+    can't be reached, will write to disk, with a warning that says how to upload that. Only rank 0 tracks.
 
     Raises:
         UserError: an unknown mode, or a directory that can't be written to.
     """
-    usable = []
+    usable = {}
     for name in args.report_to:
         check_mode(name)
         make_directory(*directory_of(name, args))
         try:
             if args.process_index == 0:
                 INTEGRATION_TO_CALLBACK[name]()  # says what is missing
-                if name in MODES:
-                    choose_mode(name, args)
-            usable.append(name)
+                usable[name] = choose_mode(name, args) if name in MODES else ""
         except Exception as error:  # whatever it is, a tracker must not end a training run
             logger.warning("--report_to %s: it can't start, going on without it: %s", name, error)
-    return usable if args.process_index == 0 else []
+    return usable
 
 
 def check_mode(name: str) -> None:
@@ -67,8 +65,8 @@ def directory_of(name: str, args: TrainingArguments) -> tuple[str, str]:
     return os.environ.get(variable, default), variable if variable in os.environ else "--output_dir"
 
 
-def choose_mode(name: str, args: TrainingArguments) -> None:
-    """Writes a tracker's mode to its variable: offline where it would be online and can't be."""
+def choose_mode(name: str, args: TrainingArguments) -> str:
+    """A tracker's mode: offline where it would be online and can't be."""
     variable, _ = MODES[name]
     mode = os.environ.get(variable) or "online"
     mode = {"cloud": "online", "run": "online"}.get(mode, mode)
@@ -77,7 +75,6 @@ def choose_mode(name: str, args: TrainingArguments) -> None:
     reason = ""
     if mode == "online":
         reason = {"swanlab": why_not_online_swanlab, "wandb": why_not_online_wandb}[name]()
-    os.environ[variable] = "offline" if reason else mode
     if reason:
         directory, _ = directory_of(name, args)
         where, runs = {"swanlab": (directory, "run-*"), "wandb": (f"{directory}/wandb", "offline-run-*")}[name]
@@ -85,6 +82,7 @@ def choose_mode(name: str, args: TrainingArguments) -> None:
             "%s: %s, so the run is written to %s; upload it with `%s sync %s/%s`",
             *(name, reason, where, name, where, runs),
         )
+    return "offline" if reason else mode
 
 
 def why_not_online_swanlab() -> str:
@@ -113,21 +111,22 @@ def why_not_online_wandb() -> str:
 # ---- the start of a run -------------------------------------------------------------------------
 
 
-def start_trackers(args: TrainingArguments, about: dict[str, Any], is_resumed: bool = False) -> list[str]:
-    """Starts those of `report_to` that have to be started early, and returns the usable ones. Rank 0 alone tracks.
-
-    A run that is resumed goes on in the trackers where it stopped.
+def start_trackers(
+    args: TrainingArguments, modes: dict[str, str], about: dict[str, Any], is_resumed: bool = False
+) -> list[str]:
+    """Starts trackers, and returns those that did. A run that is resumed goes on where it stopped.
 
     Args:
+        modes: see `check_trackers`.
         about: recorded with the run, see run_facts.about_run.
     """
     ids = TrackerIds(args.output_dir, is_resumed)
     usable = []
-    for name in args.report_to:
+    for name, mode in modes.items():
         start = {"swanlab": start_swanlab, "wandb": start_wandb, "tensorboard": start_tensorboard}.get(name)
         try:
             if start is not None:
-                start(args, about, ids)
+                start(args, mode, about, ids)
             usable.append(name)
         except Exception as error:  # whatever it is, a tracker must not end a training run
             logger.warning("--report_to %s: it can't start, going on without it: %s", name, error)
@@ -155,15 +154,14 @@ class TrackerIds:
         self._path.write_text(json.dumps(self._ids) + "\n", encoding="utf-8")
 
 
-def start_swanlab(args: TrainingArguments, about: dict[str, Any], ids: TrackerIds) -> None:
+def start_swanlab(args: TrainingArguments, mode: str, about: dict[str, Any], ids: TrackerIds) -> None:
     """Starts SwanLab's run here, because transformers' callback fails where no run exists yet.
 
-    SWANLAB_MODE, SWANLAB_LOG_DIR and SWANLAB_PROJECT are respected.
+    SWANLAB_LOG_DIR and SWANLAB_PROJECT are respected.
     """
     import swanlab
 
     project = os.environ.pop("SWANLAB_PROJECT", args.project)  # swanlab itself fails on this variable
-    mode = os.environ["SWANLAB_MODE"]
     if mode == "local":  # whose page shows a nested setting as [object Object]
         about = {name: json.dumps(value) if isinstance(value, dict) else value for name, value in about.items()}
     settings = {"project": project, "name": args.run_name, "mode": mode, "config": about}
@@ -171,17 +169,17 @@ def start_swanlab(args: TrainingArguments, about: dict[str, Any], ids: TrackerId
     ids.keep("swanlab", run.id)
 
 
-def start_wandb(args: TrainingArguments, about: dict[str, Any], ids: TrackerIds) -> None:
-    """Starts WandB's run. WANDB_MODE, WANDB_DIR and WANDB_PROJECT are respected."""
+def start_wandb(args: TrainingArguments, mode: str, about: dict[str, Any], ids: TrackerIds) -> None:
+    """Starts WandB's run. WANDB_DIR and WANDB_PROJECT are respected."""
     import wandb
 
     project = os.environ.get("WANDB_PROJECT", args.project)
-    settings = {"project": project, "name": args.run_name, "mode": os.environ["WANDB_MODE"], "config": about}
+    settings = {"project": project, "name": args.run_name, "mode": mode, "config": about}
     run = wandb.init(dir=directory_of("wandb", args)[0], **settings, **ids.to_go_on("wandb"))
     ids.keep("wandb", run.id)
 
 
-def start_tensorboard(args: TrainingArguments, about: dict[str, Any], ids: TrackerIds) -> None:
+def start_tensorboard(args: TrainingArguments, mode: str, about: dict[str, Any], ids: TrackerIds) -> None:
     """Chooses TensorBoard's directory, by whose name it lists the run. TENSORBOARD_LOGGING_DIR is respected.
 
     Another run of the name gets the time in its own: in one directory the curves would be mixed.

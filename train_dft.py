@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     setup_logging(log_dir / "train_distributed.log", only_rank_0=logging_args.reduce_logging, debug=debug)
     quiet_libraries(progress_bars=not args.disable_tqdm)
     checkpoint = find_checkpoint(args)
-    args.report_to = [] if data_args.dry_run else check_trackers(args)
+    trackers = {} if data_args.dry_run else check_trackers(args)
     tokenizer = load_tokenizer(model_args, data_args)
     config = load_config(model_args, tokenizer)
     attention = choose_attention(
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     about = about_run({name: vars(some) for name, some in settings.items()}, args, data.report)
     if args.process_index == 0:
         write_run(about, Path(args.output_dir))
-    args.report_to = start_trackers(args, about, is_resumed=checkpoint is not None)
+    args.report_to = start_trackers(args, trackers, about, is_resumed=checkpoint is not None)
     model = load_model(model_args, args, config, attention)
 
     trainer = DFTTrainer(
