@@ -1,5 +1,6 @@
 """Where rows come from, for metrics of each source: the data file, or what a row's own field `channel` says."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -15,20 +16,21 @@ MAX_CHANNELS = 50  # that auto gives metrics of their own: a chart for each is s
 
 
 def file_names(paths: Sequence[str]) -> list[str]:
-    """A short name for each file: without endings, with as many directories as it takes to tell them apart."""
-    parts = [_parts(path) for path in paths]
+    """A short name for each file: without its ending, with as many directories as it takes to tell files apart."""
+    whole = [Path(path).resolve() for path in paths]
+    stems = [(*path.parts[1:-1], _stem(path.name)) for path in whole]
+    twice = {parts for parts, count in Counter(stems).items() if count > 1}  # which differ in their endings
+    stems = [(*s[:-1], path.name) if s in twice else s for s, path in zip(stems, whole, strict=True)]
+    tails = Counter(parts[-n:] for parts in stems for n in range(1, len(parts) + 1))
     names = []
-    for mine in parts:
-        others = [theirs for theirs in parts if theirs is not mine]
-        count = next((n for n in range(1, len(mine)) if all(t[-n:] != mine[-n:] for t in others)), len(mine))
-        names.append("/".join(mine[-count:]))
-    return names
+    for parts in stems:
+        n = next((n for n in range(1, len(parts)) if tails[parts[-n:]] == 1), len(parts))
+        names.append("/".join(parts[-n:]))
+    return ["".join(c if c.isprintable() else "_" for c in name) for name in names]
 
 
-def _parts(path: str) -> tuple[str, ...]:
-    *directories, name = Path(path).parts
-    stem = name.removesuffix(".gz").removesuffix(".zst")
-    return (*directories, Path(stem).stem)
+def _stem(name: str) -> str:
+    return Path(name.removesuffix(".gz").removesuffix(".zst")).stem
 
 
 def choose_channels(
@@ -51,11 +53,12 @@ def choose_channels(
         return [], np.zeros(len(of_file), dtype=np.int32)
     of_path = file_names(paths)
     labels = sorted({*of_path, *field_names})
+    number = {label: i for i, label in enumerate(labels)}
     has_field = np.array([bool(name) for name in field_names], dtype=bool)[of_field]
-    by_file = np.array([labels.index(name) for name in of_path])[of_file]
+    by_file = np.array([number[name] for name in of_path])[of_file]
     ways = {"file": by_file}
     if has_field.any():
-        by_field = np.array([labels.index(name) for name in field_names])[of_field]
+        by_field = np.array([number[name] for name in field_names])[of_field]
         ways = {"field": np.where(has_field, by_field, by_file), "file": by_file}
     elif wanted == "field":
         raise UserError("--channels field: no row has a field 'channel' that holds a name; use --channels file")

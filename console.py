@@ -94,8 +94,11 @@ def summary(trainer: Trainer) -> str:
     """What a run achieved and where it left things, in a few lines."""
     history, state, out = trainer.state.log_history, trainer.state, Path(trainer.args.output_dir)
     totals = next(record for record in reversed(history) if "train_runtime" in record)
+    steps = f"{state.global_step} steps"
+    if totals["train_steps"] < state.global_step:
+        steps += f", {totals['train_steps']} of them since the run was resumed,"
     lines = [
-        f"Done: {state.global_step} steps in {clock(totals['train_runtime'])}, {totals['train_tokens']:,.0f} tokens, "
+        f"Done: {steps} in {clock(totals['train_runtime'])}, {totals['train_tokens']:,.0f} tokens, "
         f"{totals['train_tokens_per_second']:,.0f} tokens/s"
     ]
     for name, key in (

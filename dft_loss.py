@@ -13,7 +13,7 @@ holding them.
 Shapes: B batch, T tokens, V vocabulary, N supervised tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -77,6 +77,7 @@ class TokenStatistics:
     p_correct: Tensor  # probability of the correct token, float32, detached
     is_top1: Tensor  # whether no other token is likelier, bool
     entropy: Tensor | None = None  # of the distribution over the vocabulary, in nats, float32; where it was asked for
+    places: Tensor | None = None  # in the flattened batch, of what predicts them, int64
 
 
 def shift_labels(labels: Tensor) -> Tensor:
@@ -140,15 +141,15 @@ def entropy_of(logits: Tensor) -> Tensor:
     return torch.cat([torch.special.entr(torch.softmax(some, dim=-1)).sum(-1) for some in rows])
 
 
-def supervised_rows(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def supervised_rows(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What predicts a supervised token of `labels` [B, T], not shifted: rows of `values` [B, T, X], and the tokens.
 
     Returns:
-        [N, X] and [N].
+        [N, X]; [N]; and where they stand in the flattened batch, [N], for which alone a device is waited for.
     """
-    targets = shift_labels(labels)
-    supervised = targets != IGNORE_INDEX
-    return values[supervised], targets[supervised]
+    targets = shift_labels(labels).flatten()
+    places = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+    return values.flatten(0, 1)[places], targets[places], places
 
 
 def weighted_sum(tokens: TokenStatistics, weight: TokenWeight, scales: Tensor | None) -> Tensor:
@@ -174,6 +175,6 @@ def dft_loss_sum(
     Returns:
         sum of c * w * nll (scalar, float32) and the statistics of the tokens it sums over.
     """
-    rows, targets = supervised_rows(logits, labels)  # [N, V], [N]
-    tokens = token_statistics(rows, targets, with_entropy)
+    rows, targets, places = supervised_rows(logits, labels)  # [N, V], [N]
+    tokens = replace(token_statistics(rows, targets, with_entropy), places=places)
     return weighted_sum(tokens, weight, scales), tokens

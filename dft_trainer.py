@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, IterableDataset, Sampler
 from transformers import Trainer, TrainingArguments
 
 from batching import document_lengths, token_channels
-from dft_loss import Normalization, TokenWeight, count_terms, dft_loss_sum, supervised_rows, token_scales
+from dft_loss import Normalization, TokenWeight, count_terms, dft_loss_sum, token_scales
 from dist_logger import get_logger
 from epoch_order import EpochOrder, FilledRows, TellEpoch, token_lengths
 from finite_check import FiniteCheck
@@ -47,7 +47,7 @@ class DFTTrainer(Trainer):
             auto in the head if it is one that is known.
         loss_chunk_mb: MB of logits that the fused loss holds at once, see fused_loss.CHUNK_MB.
         source_of_row: where a training row comes from, for the error of a loss that is NaN or infinite.
-        channels: names of the sources that a column `channel` (int) of the rows numbers; each has metrics of its own.
+        channels: names of the sources that a column `channel` (int, from 0) of the rows numbers; each has metrics.
         log_entropy: add the entropy of the model's predictions.
         row_lengths: tokens of each training row, for train_sampling_strategy group_by_length; by default counted.
         peak_tflops: what one device could do at most, for mfu; by default known for common GPUs.
@@ -68,7 +68,7 @@ class DFTTrainer(Trainer):
         tokens_per_second, supervised_tokens_per_second, memory_gib
         padding_share        of the positions that the model computed
         mfu                  share of the devices' peak, see throughput.ModelFlops; where the peak is known
-    At its end: train_tokens, train_supervised_tokens, and both per second of training alone.
+    At its end: train_steps, train_tokens, train_supervised_tokens, and both per second of training alone.
     Evaluation: loss, ce_loss, perplexity, avg_p_correct, acc, mean_weight, the shares, entropy and channels of the
     whole set, behind the metric prefix.
     predict() repeats rows to even out ranks, as Trainer does, and counts them.
@@ -188,10 +188,15 @@ class DFTTrainer(Trainer):
             peak_tflops=self._peak_tflops,
         )
 
-    def train(self, *args, **kwargs):
-        """Trainer's train; metrics start anew."""
+    def _inner_training_loop(self, *args, **kwargs):
+        """Trainer's; metrics start anew, also where auto_find_batch_size tries again."""
         self._train_metrics = self._new_metrics()
-        return super().train(*args, **kwargs)
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        """Trainer's; the training's speed doesn't pay for it."""
+        with self._train_metrics.not_training():
+            super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
         """Trainer drops the columns that the model's forward doesn't take; the loss and the collators take more."""
@@ -236,16 +241,15 @@ class DFTTrainer(Trainer):
         if model.training:
             weight = replace(weight, alpha=self.alpha_at(self.state.global_step))
         scales = token_scales(labels, loss_weights, self.loss_normalization)
-        of_token = None  # its source
-        if channel is not None and self.channels:
-            of_token, _ = supervised_rows(token_channels(channel, labels, inputs), labels)
         fuse = self.loss_head is not None and (self._needs_no_logits or not return_outputs)
         loss_sum, tokens, outputs = self._score(model, inputs, labels, weight, scales, fuse)
 
         num_terms = count_terms(labels, self.loss_normalization)
         sums = self._train_metrics.sums if model.training else self._eval_sums
         weights = weight(tokens.p_correct, tokens.targets)
-        sums.add(loss_sum, num_terms, tokens, weights, document_lengths(inputs), labels.numel(), of_token)
+        if channel is not None:
+            channel = token_channels(channel, labels, inputs).flatten()[tokens.places] if self.channels else None
+        sums.add(loss_sum, num_terms, tokens, weights, document_lengths(inputs), labels.numel(), channel)
 
         if num_items_in_batch is None:  # evaluation: the metrics come from the sums
             num_items_in_batch = num_terms
@@ -302,7 +306,7 @@ class DFTTrainer(Trainer):
             step = self.state.global_step
             logs.update(self._train_metrics.record(self.accelerator, step, self.alpha_at(step - 1)))
         elif "train_runtime" in logs:
-            logs.update(self._train_metrics.totals(self.accelerator))
+            logs.update(self._train_metrics.totals(self.accelerator, self.state.global_step))
         super().log(logs, start_time)
 
     # ---- rows -----------------------------------------------------------------------------------
@@ -337,21 +341,13 @@ class DFTTrainer(Trainer):
         self._order = order
         return order
 
-    def _save_checkpoint(self, model, trial):
-        """Trainer's; the training throughput doesn't pay for it."""
-        with self._train_metrics.not_training():
-            super()._save_checkpoint(model, trial)
-
     # ---- evaluation -----------------------------------------------------------------------------
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
         """Trainer's loop; its loss, a mean of batch means, is replaced by sums divided once."""
         self._eval_sums.values.zero_()
-        with self._train_metrics.not_training():
-            output = super().evaluation_loop(
-                dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
-            )
-            sums = self._eval_sums.take(self.accelerator)
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        sums = self._eval_sums.take(self.accelerator)
         if sums[TokenSums.SUPERVISED] > 0:  # not where rows without labels are predicted
             metrics = averages(sums) | health(sums, self.log_entropy) | channel_averages(sums, self.channels)
             metrics["perplexity"] = math.exp(min(metrics["ce_loss"], 700.0))

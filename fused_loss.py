@@ -76,14 +76,14 @@ def fused_dft_loss_sum(
     Returns:
         sum of c * w * nll (scalar, float32), with gradient, and the tokens' statistics, without.
     """
-    rows, targets = supervised_rows(hidden, labels)  # [N, H], [N]
+    rows, targets, places = supervised_rows(hidden, labels)  # [N, H], [N]
     chunk = _rows_at_once(chunk_mb, head_weight.shape[0], len(rows))
     args = (rows, head_weight, bias, targets, scales, weight, transform, chunk, with_entropy)
     if torch.is_grad_enabled():
         loss, nll, is_top1, entropy = _FusedHead.apply(*args)
     else:
         loss, nll, is_top1, entropy, *_ = _fused(*args, needs=(False, False, False))
-    return loss, TokenStatistics(targets, nll, torch.exp(-nll), is_top1, entropy)
+    return loss, TokenStatistics(targets, nll, torch.exp(-nll), is_top1, entropy, places)
 
 
 def chunked_dft_loss_sum(
@@ -105,7 +105,7 @@ def chunked_dft_loss_sum(
     Args:
         chunk_mb: if it is infinite, the module is called once, with all supervised tokens.
     """
-    rows, targets = supervised_rows(hidden, labels)  # [N, H], [N]
+    rows, targets, places = supervised_rows(hidden, labels)  # [N, H], [N]
     chunk = _rows_at_once(chunk_mb, vocab_size, len(rows))
 
     def score(rows: Tensor, targets: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -124,7 +124,8 @@ def chunked_dft_loss_sum(
     losses, nll, is_top1, entropy = zip(*parts, strict=True)
     nll = torch.cat(nll)
     entropy = torch.cat(entropy) if with_entropy else None
-    return torch.stack(losses).sum(), TokenStatistics(targets, nll, torch.exp(-nll), torch.cat(is_top1), entropy)
+    tokens = TokenStatistics(targets, nll, torch.exp(-nll), torch.cat(is_top1), entropy, places)
+    return torch.stack(losses).sum(), tokens
 
 
 def _rows_at_once(chunk_mb: float, vocab_size: int, num_rows: int) -> int:

@@ -66,7 +66,7 @@ tags:
 
 {_data_table(report)}
 
-{_held_out(about, report)}
+{_held_out(about)}
 
 ## Training
 
@@ -118,7 +118,11 @@ def _name(model: str) -> str:
 
 def _table(header: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
     rows = [header, ("---", *["---:"] * (len(header) - 1)), *lines]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '¦') for cell in row)} |" for row in rows)
+    return "\n".join(f"| {' | '.join(_cell(cell) for cell in row)} |" for row in rows)
+
+
+def _cell(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text.replace("|", "¦"))
 
 
 def _data_table(report: dict[str, Any]) -> str:
@@ -135,21 +139,21 @@ def _data_table(report: dict[str, Any]) -> str:
     return _table(("file", "rows read", "rows used", "tokens", "supervised tokens"), lines)
 
 
-def _held_out(about: dict[str, Any], report: dict[str, Any]) -> str:
-    data, total = about["data"], report["total"]
-    used = f"{total['training_rows_per_epoch']:,} rows were trained on in an epoch"
-    if data["eval_data_files"]:
-        files = ", ".join(Path(path).name for path in data["eval_data_files"])
-        return f"{used}; {files} were for the evaluation."
-    if data["validation_split_percentage"]:
-        return f"{used}; {data['validation_split_percentage']:g} % of the rows were held out for the evaluation."
-    return f"{used}; none were held out."
+def _held_out(about: dict[str, Any]) -> str:
+    rows = about["num_rows"]
+    files = ", ".join(Path(path).name for path in about["data"]["eval_data_files"] or ())
+    source = f"from {files}" if files else "held out"
+    return f"{rows['training']:,} rows were trained on in an epoch, {rows['evaluation']:,} evaluated on, {source}."
 
 
 def _settings(about: dict[str, Any], args: TrainingArguments) -> list[tuple[str, str]]:
     dft = {name: value for name, value in about["dft"].items() if name not in ("dft_alpha", "use_simple_dft")}
     own = {"max_length": about["data"]["max_length"], "train_on": about["data"]["train_on"]}
     training = {name: getattr(args, name) for name in HYPERPARAMETERS}
+    if args.max_steps > 0:
+        del training["num_train_epochs"]
+    if args.max_tokens_per_batch:
+        del training["per_device_train_batch_size"]
     if 0 < training["warmup_steps"] < 1:
         training["warmup_ratio"] = training.pop("warmup_steps")
     values = {**dft, **own, "torch_dtype": about["model"]["torch_dtype"], **training}

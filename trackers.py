@@ -33,6 +33,8 @@ def check_trackers(args: TrainingArguments) -> dict[str, str]:
     Raises:
         UserError: an unknown mode, or a directory that can't be written to.
     """
+    if "SWANLAB_PROJECT" in os.environ:  # transformers documents it, and swanlab fails on it
+        args.project = os.environ.pop("SWANLAB_PROJECT")
     usable = {}
     for name in args.report_to:
         check_mode(name)
@@ -120,6 +122,8 @@ def start_trackers(
         modes: see `check_trackers`.
         about: recorded with the run, see run_facts.about_run.
     """
+    if args.process_index != 0:
+        return []
     ids = TrackerIds(args.output_dir, is_resumed)
     usable = []
     for name, mode in modes.items():
@@ -138,8 +142,15 @@ class TrackerIds:
 
     def __init__(self, output_dir: str | Path, is_resumed: bool):
         self._path = Path(output_dir) / "tracker_ids.json"
-        is_kept = is_resumed and self._path.is_file()
-        self._ids = json.loads(self._path.read_text(encoding="utf-8")) if is_kept else {}
+        self._ids: dict[str, str] = {}
+        if not is_resumed:
+            self._path.unlink(missing_ok=True)
+        try:
+            self._ids = json.loads(self._path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            pass
+        except ValueError as error:
+            logger.warning("%s is broken (%s): the trackers begin a new run", self._path, error)
 
     def earlier(self, tracker: str) -> str | None:
         """The name that a tracker gave to the run that is resumed, if it did."""
@@ -157,14 +168,13 @@ class TrackerIds:
 def start_swanlab(args: TrainingArguments, mode: str, about: dict[str, Any], ids: TrackerIds) -> None:
     """Starts SwanLab's run here, because transformers' callback fails where no run exists yet.
 
-    SWANLAB_LOG_DIR and SWANLAB_PROJECT are respected.
+    SWANLAB_LOG_DIR is respected.
     """
     import swanlab
 
-    project = os.environ.pop("SWANLAB_PROJECT", args.project)  # swanlab itself fails on this variable
     if mode == "local":  # whose page shows a nested setting as [object Object]
         about = {name: json.dumps(value) if isinstance(value, dict) else value for name, value in about.items()}
-    settings = {"project": project, "name": args.run_name, "mode": mode, "config": about}
+    settings = {"project": args.project, "name": args.run_name, "mode": mode, "config": about}
     run = swanlab.init(log_dir=directory_of("swanlab", args)[0], **settings, **ids.to_go_on("swanlab"))
     ids.keep("swanlab", run.id)
 
@@ -187,11 +197,11 @@ def start_tensorboard(args: TrainingArguments, mode: str, about: dict[str, Any],
     if "TENSORBOARD_LOGGING_DIR" in os.environ:
         return
     earlier, now = ids.earlier("tensorboard"), Path(default_logdir()).name
-    directory = Path(earlier or Path(args.output_dir, "runs", (args.run_name or now).replace(os.sep, "_")))
-    if directory.exists() and earlier is None:
-        directory = directory.with_name(f"{directory.name}_{now}")
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(directory)
-    ids.keep("tensorboard", str(directory))
+    runs, name = Path(args.output_dir, "runs"), earlier or (args.run_name or now).replace(os.sep, "_")
+    if earlier is None and (runs / name).exists():
+        name = f"{name}_{now}"
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(runs / name)
+    ids.keep("tensorboard", name)
 
 
 # ---- while it goes on ---------------------------------------------------------------------------

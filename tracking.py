@@ -2,10 +2,15 @@
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
+
+from dist_logger import get_logger
+
+logger = get_logger(__name__)
 
 
 class TrainLog(TrainerCallback):
@@ -16,10 +21,17 @@ class TrainLog(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
             # a resumed run keeps what was logged up to its checkpoint
-            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step > 0]
-            self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            kept = [record for record in self._read() if record["step"] <= state.global_step > 0]
+            self.path.write_text("".join(f"{json.dumps(record)}\n" for record in kept), encoding="utf-8")
+
+    def _read(self) -> Iterator[dict[str, Any]]:
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        for line in lines:
+            try:
+                yield json.loads(line)
+            except ValueError:  # the machine went down while it was written
+                logger.warning("%s: a broken line is left out: %.60r", self.path, line)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -41,6 +41,7 @@ from dist_logger import UserError, get_logger, make_directory, quiet_libraries, 
 from model_card import write_card
 from process_group import once_per_node, program
 from run_facts import about_run, write_run
+from tokenizer_loading import load_tokenizer
 from trackers import check_trackers, guard_trackers, start_trackers
 from tracking import Curves, TrainLog, plot_curves
 from training_arguments import DFTTrainingArguments
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     quiet_libraries(progress_bars=not args.disable_tqdm)
     checkpoint = find_checkpoint(args)
     trackers = {} if data_args.dry_run else check_trackers(args)
-    tokenizer = load_tokenizer(model_args, data_args)
+    tokenizer = make_tokenizer(model_args, data_args)
     config = load_config(model_args, tokenizer)
     attention = choose_attention(
         model_args.attn_implementation, config, attends_in_16_bits(model_args, args, config), model_args.attn_strict
@@ -67,8 +68,9 @@ def main(argv: list[str] | None = None) -> None:
     data = load_data(data_args, args, tokenizer, plan, logging_args.channels)
     if data_args.dry_run:
         return
-    settings = {"model": model_args, "data": data_args, "dft": dft_args}
-    about = about_run({name: vars(some) for name, some in settings.items()}, args, data.report)
+    settings = {"model": model_args, "data": data_args, "dft": dft_args, "logging": logging_args}
+    num_rows = {"training": len(data.train), "evaluation": len(data.evaluation or ())}
+    about = about_run({name: vars(some) for name, some in settings.items()}, args, data.report, num_rows)
     if args.process_index == 0:
         write_run(about, Path(args.output_dir))
     args.report_to = start_trackers(args, trackers, about, is_resumed=checkpoint is not None)
@@ -143,8 +145,8 @@ def find_checkpoint(args: DFTTrainingArguments) -> str | None:
     return str(path)
 
 
-def load_tokenizer(model_args: ModelArguments, data_args: DataArguments) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, padding on the right, with the chat template that was asked for.
+def make_tokenizer(model_args: ModelArguments, data_args: DataArguments) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with the chat template that was asked for.
 
     Raises:
         UserError: there is no such model, or no tokenizer with it.
@@ -153,15 +155,9 @@ def load_tokenizer(model_args: ModelArguments, data_args: DataArguments) -> PreT
     is_hub_name = "/" not in name or (name.count("/") == 1 and not Path(name).parent.is_dir())
     if not Path(name).exists() and (name.startswith(".") or not is_hub_name):
         raise UserError(f"--model_name_or_path {name}: no such directory, and not a name on the model hub")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **model_args.source)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"--model_name_or_path {name}: its tokenizer can't be loaded: {error}") from error
+    tokenizer = load_tokenizer(name, f"--model_name_or_path {name}", **model_args.source)
     if data_args.chat_template is not None:
         tokenizer.chat_template = load_chat_template(data_args.chat_template)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "right"
     return tokenizer
 
 
@@ -309,7 +305,7 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=model_args.torch_dtype, attn_implementation=attention, **model_args.source
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(f"--model_name_or_path {name}: the model can't be loaded: {error}") from error
     size = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ZeRO-3 leaves numel() at 0
     logger.info("Model: %s, %.1f M parameters, %s, %s", type(model).__name__, size / 1e6, model.dtype, attention)
@@ -328,12 +324,10 @@ def save(trainer: DFTTrainer, metrics: dict[str, float]) -> None:
     show_metrics(trainer, "train", metrics)
     trainer.save_metrics("train", metrics)
     if trainer.eval_dataset is not None:
-        evaluations = [r for r in trainer.state.log_history if "eval_loss" in r]
-        is_last_step = evaluations and evaluations[-1]["step"] == trainer.state.global_step
-        if is_last_step and not args.load_best_model_at_end:
-            metrics = {key: value for key, value in evaluations[-1].items() if key != "step"}
-        else:
-            metrics = trainer.evaluate()
+        state = trainer.state
+        step = state.best_global_step if args.load_best_model_at_end else state.global_step
+        done = [r for r in state.log_history if "eval_loss" in r and r["step"] == step]
+        metrics = {key: value for key, value in done[-1].items() if key != "step"} if done else trainer.evaluate()
         show_metrics(trainer, "eval", metrics)
         trainer.save_metrics("eval", metrics)
     trainer.save_model()

@@ -56,21 +56,24 @@ class TrainingMetrics:
         self._shown_step = 0  # when that was
         self._has_warned = False  # that hardly anything is learnt
         self._clock: float | None = None  # when the last record was made; None before the first step
+        self._paused_at: float | None = None
+        self._first_step = 0
         self._tokens = self._supervised = self._seconds = 0.0  # of the whole training
 
     def start(self, step: int) -> None:
         """Starts the clock, if it doesn't go yet, before the step that follows `step`."""
         if self._clock is None:
             self._clock = time.perf_counter()
-            self._shown_step = step
+            self._shown_step = self._first_step = step
 
     @contextmanager
     def not_training(self) -> Iterator[None]:
-        """Around evaluations and saves: the training's speed doesn't pay for them."""
-        start = time.perf_counter()
+        """Around what is not training, such as evaluations, saves, and records, which count the time up to here."""
+        self._paused_at = time.perf_counter()
         yield
         if self._clock is not None:
-            self._clock += time.perf_counter() - start
+            self._clock += time.perf_counter() - self._paused_at
+        self._paused_at = None
 
     def record(self, accelerator, step: int, alpha: float) -> dict[str, float]:
         """What was trained on since the last record. A collective, the only one of a record.
@@ -96,11 +99,12 @@ class TrainingMetrics:
             record["mfu"] = done / (seconds * self._peak_tflops * 1e12 * accelerator.num_processes)
         return record
 
-    def totals(self, accelerator) -> dict[str, float]:
-        """What the whole training went through. A collective."""
+    def totals(self, accelerator, step: int) -> dict[str, float]:
+        """What the whole training, which ends with `step`, went through. A collective."""
         self._take(accelerator)
         seconds = max(self._seconds, 1e-9)
         return {
+            "train_steps": step - self._first_step,
             "train_tokens": self._tokens,
             "train_supervised_tokens": self._supervised,
             "train_tokens_per_second": self._tokens / seconds,
@@ -110,7 +114,7 @@ class TrainingMetrics:
     def _take(self, accelerator) -> tuple[list[float], float]:
         """The sums over all ranks, and the seconds, since the last record."""
         sums = self.sums.take(accelerator)
-        now = time.perf_counter()
+        now = time.perf_counter() if self._paused_at is None else self._paused_at
         seconds = max(now - (now if self._clock is None else self._clock), 1e-9)
         self._clock = now
         self._tokens += sums[TokenSums.TOKENS]

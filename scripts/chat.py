@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="by default 0: the likeliest token every time")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="by default what the model is saved in")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
     args = parser.parse_args(argv)
     if args.max_new_tokens < 1 or args.temperature < 0:
         raise UserError("--max_new_tokens must be at least 1, and --temperature at least 0")
@@ -49,7 +50,8 @@ def main(argv: list[str] | None = None) -> None:
     if prompt is not None and not prompt.strip():
         raise UserError("the prompt is empty")
     logging.disable_progress_bar()
-    chat = Chat(load_trained(args.model, device, args.dtype), args.system, args.max_new_tokens, args.temperature)
+    trained = load_trained(args.model, device, args.dtype, args.trust_remote_code)
+    chat = Chat(trained, args.system, args.max_new_tokens, args.temperature)
     if prompt is None:
         converse(chat)
     else:

@@ -10,6 +10,7 @@ by the run.json that lies in the model's directory or beside the checkpoint.
 import argparse
 import json
 import math
+import os
 import sys
 import tempfile
 from functools import partial
@@ -41,8 +42,9 @@ def main(argv: list[str] | None = None) -> None:
     setup_logging()
     quiet_libraries(progress_bars=False)
     run = read_run(args.model)
-    trained = load_trained(args.model, "cpu", args.dtype)
-    data = load_data(args, trained, run.get("data", {}))
+    trained = load_trained(args.model, "cpu", args.dtype, args.trust_remote_code)
+    logging = run.get("logging", {})
+    data = load_data(args, trained, run.get("data", {}), args.channels or logging.get("channels", "auto"))
     metrics = evaluate(args, trained, data, run)
     if metrics is None:  # another rank says it
         return
@@ -57,10 +59,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data_files", nargs="+", required=True, help="files, directories, globs; all rows are used")
     parser.add_argument("--data_format", choices=("auto", *FORMATS), help="as in the training, else auto")
     parser.add_argument("--max_length", type=int, help="in tokens; as in the training, else 8192")
-    parser.add_argument("--channels", choices=get_args(Channels), default="auto", help="sources that are told apart")
+    parser.add_argument(
+        "--channels", choices=get_args(Channels), help="sources told apart; as in the training, else auto"
+    )
     parser.add_argument("--batch_size", type=int, default=8, help="rows at once, on each device; by default 8")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="by default what the model is saved in")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="by default GPUs, if there are any")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
     parser.add_argument("--output", type=Path, help="JSON file to write the numbers to")
     args = parser.parse_args(argv)
     if args.batch_size < 1 or (args.max_length is not None and args.max_length < 1):
@@ -70,15 +75,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def check_output(path: Path | None) -> None:
     """Raises UserError where the file can't be written, before the evaluation is done for nothing."""
-    if path is None:
-        return
-    try:
-        path.open("a", encoding="utf-8").close()
-    except OSError as error:
-        raise UserError(f"--output {path} can't be written: {error.strerror}") from error
+    if path is not None and (path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)):
+        raise UserError(f"--output {path} can't be written: give a file in a directory that exists")
 
 
-def load_data(args: argparse.Namespace, trained: TrainedModel, settings: dict[str, Any]) -> PreparedData:
+def load_data(
+    args: argparse.Namespace, trained: TrainedModel, settings: dict[str, Any], channels: Channels
+) -> PreparedData:
     """All rows of the files, tokenised and labelled as in the training, of which these are the settings."""
     role_map = dict(pair.split("=") for pair in settings.get("role_map") or [])
     chat_format = ChatFormat(trained.tokenizer, settings.get("train_on", "all"), settings.get("mask_thinking", False))
@@ -98,11 +101,23 @@ def load_data(args: argparse.Namespace, trained: TrainedModel, settings: dict[st
         data_validation=settings.get("data_validation", "standard"),
         seed=42,
         num_workers=settings.get("preprocessing_num_workers", 8),
-        cache_dir=settings.get("data_cache_dir") or CACHE_DIRECTORY,
+        cache_dir=CACHE_DIRECTORY,
         overwrite_cache=False,
         progress=False,
     )
-    return load_prepared(once_per_node(prepare), args.channels)
+    return load_prepared(once_per_node(prepare), channels)
+
+
+def loss_arguments(settings: dict[str, Any]) -> DFTArguments:
+    """The flags of the loss that a run was started with.
+
+    Raises:
+        UserError: another version has others.
+    """
+    try:
+        return DFTArguments(**settings)
+    except TypeError as error:
+        raise UserError(f"the model's run.json is of another version, mend it or move it away: {error}") from error
 
 
 class Evaluation(DFTTrainer):
@@ -120,13 +135,17 @@ def evaluate(
     Args:
         run: see read_run; without the settings of the loss, what depends on them is left out.
     """
-    own = loss_settings(DFTArguments(**run["dft"]), trained.tokenizer) if "dft" in run else {}
+    own = loss_settings(loss_arguments(run["dft"]), trained.tokenizer) if "dft" in run else {}
+    precision = run.get("training", {}) if args.dtype == "auto" else {}
+    use_cpu = args.device == "cpu" or not has_accelerator()
+    with_entropy = run.get("logging", {}).get("log_entropy", False)
     with tempfile.TemporaryDirectory() as directory:
         training = DFTTrainingArguments(
             output_dir=directory,
             per_device_eval_batch_size=args.batch_size,
-            use_cpu=args.device == "cpu" or not has_accelerator(),
-            bf16=args.dtype == "auto" and run.get("training", {}).get("bf16", False),
+            use_cpu=use_cpu,
+            bf16=precision.get("bf16", False),
+            fp16=precision.get("fp16", False) and not use_cpu,
             report_to=["none"],
             disable_tqdm=not sys.stderr.isatty(),
         )
@@ -135,13 +154,14 @@ def evaluate(
             training,
             **own,
             channels=data.channels,
+            log_entropy=with_entropy,
             data_collator=PaddingCollator(trained.tokenizer),
             eval_dataset=data.train,
         )
         metrics = trainer.evaluate(metric_key_prefix="eval")
     if training.process_index != 0:
         return None
-    names = ("ce_loss", "perplexity", "avg_p_correct", "acc", "p_below_0.01", "p_above_0.99")
+    names = ("ce_loss", "perplexity", "avg_p_correct", "acc", "p_below_0.01", "p_above_0.99", "entropy")
     kept = (*names, "loss", "mean_weight") if own else names
     metrics = {key.removeprefix("eval_"): value for key, value in metrics.items()}
     return {key: value for key, value in metrics.items() if key in kept or key.startswith("channel/")}

@@ -28,6 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("model", type=Path, help="directory of an adapter, a model or a checkpoint")
     parser.add_argument("--output", type=Path, required=True, help="an empty directory, or one that is made")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="by default what the model is saved in")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
     parser.add_argument("--max_shard_size", default="5GB", help="of a file of weights; by default 5GB")
     args = parser.parse_args(argv)
     if not re.fullmatch(r"\d+[KMGT]B", args.max_shard_size):
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     check_output(args.output)
     logging.disable_progress_bar()
     # merged in the dtype of the base model, so that its weights are rounded once
-    trained = merged(load_trained(args.model))
+    trained = merged(load_trained(args.model, trust_remote_code=args.trust_remote_code))
     if args.dtype != "auto":
         trained.model.to(getattr(torch, args.dtype))
     save(trained, args.output, args.max_shard_size)

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from chat_format import ChatFormat
 from dist_logger import UserError
+from tokenizer_loading import load_tokenizer
 from training_row import RowRejected
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -52,11 +53,14 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def load_trained(directory: Path, device: torch.device | str = "cpu", dtype: str = "auto") -> TrainedModel:
+def load_trained(
+    directory: Path, device: torch.device | str = "cpu", dtype: str = "auto", trust_remote_code: bool = False
+) -> TrainedModel:
     """Loads a model or an adapter, its tokenizer, and the tokens that end an answer.
 
     Args:
         dtype: of DTYPES; "auto" is the one that the (base) model is saved in.
+        trust_remote_code: run Python code that comes with the model.
 
     Raises:
         UserError: the directory holds neither, peft or the base model is missing, or a file can't be loaded.
@@ -65,11 +69,11 @@ def load_trained(directory: Path, device: torch.device | str = "cpu", dtype: str
     if not is_adapter and not (directory / "config.json").is_file():
         raise UserError(f"{directory} is not a model directory: neither config.json nor adapter_config.json is in it")
     try:
-        model = load_adapter(directory, dtype) if is_adapter else load_model(str(directory), dtype)
+        load = load_adapter if is_adapter else load_model
+        model = load(str(directory), dtype, trust_remote_code).to(device).eval()
         has_tokenizer = (directory / "tokenizer_config.json").is_file()
         source = model.name_or_path if is_adapter and not has_tokenizer else str(directory)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = model.to(device).eval()
+        tokenizer = load_tokenizer(source, str(directory), trust_remote_code=trust_remote_code)
     except UserError:
         raise
     except LOADING_ERRORS as error:
@@ -77,11 +81,12 @@ def load_trained(directory: Path, device: torch.device | str = "cpu", dtype: str
     return TrainedModel(model, tokenizer, find_end_tokens(model, tokenizer), is_adapter)
 
 
-def load_model(name: str, dtype: str) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+def load_model(name: str, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
+    # False, and not the default: that asks on the terminal
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
-def load_adapter(directory: Path, dtype: str) -> PreTrainedModel:
+def load_adapter(directory: str, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
     """A PeftModel: the base model that the adapter's own configuration names, with the adapter in it."""
     try:
         from peft import PeftConfig, PeftModel
@@ -89,7 +94,7 @@ def load_adapter(directory: Path, dtype: str) -> PreTrainedModel:
         raise UserError(f"{directory} holds an adapter, which needs peft ({error}): pip install peft") from error
     name = PeftConfig.from_pretrained(directory).base_model_name_or_path
     try:
-        base = load_model(name, dtype)
+        base = load_model(name, dtype, trust_remote_code)
     except LOADING_ERRORS as error:
         raise UserError(
             f"{directory} is an adapter, and its base model {name} can't be loaded: {error}\nIf the base model lies "

@@ -160,8 +160,14 @@ def make_trainer(tokenizer, tmp_path):
             output_dir=str(tmp_path),
             use_cpu=True,
             report_to="none",
-            **{"disable_tqdm": True, "per_device_eval_batch_size": 3, "logging_steps": 1, "max_steps": 2, **settings},
-            save_strategy="no",
+            **{
+                "disable_tqdm": True,
+                "per_device_eval_batch_size": 3,
+                "logging_steps": 1,
+                "max_steps": 2,
+                "save_strategy": "no",
+                **settings,
+            },
         )
         return DFTTrainer(
             model or make_model(600, hidden_size=32, num_layers=2),

@@ -21,7 +21,10 @@ from dist_logger import UserError
         (["data/math.jsonl", "data/code.json"], ["math", "code"]),
         (["a/train.jsonl.gz", "b/train.jsonl.zst"], ["a/train", "b/train"]),
         (["x/a/train.json", "y/a/train.json", "other.parquet"], ["x/a/train", "y/a/train", "other"]),
-        (["/train.json", "train.json"], ["//train", "train"]),
+        (["/train.json", "some/train.json"], ["train", "some/train"]),
+        (["a.json", "a.jsonl", "b/a.json"], ["a.json", "a.jsonl", "a"]),
+        (["a.jsonl", "a.jsonl.gz"], ["a.jsonl", "a.jsonl.gz"]),
+        (["new\nline.json"], ["new_line"]),
         (["v1.2.jsonl"], ["v1.2"]),
     ],
 )

@@ -52,9 +52,15 @@ def test_the_numbers_are_those_of_the_training(train, chat_file, tmp_path, capsy
     assert counts.startswith("15 rows, ")
 
 
-def test_a_model_from_elsewhere_has_no_settings(tiny_model, chat_file, capsys):
-    """Those of the loss are not guessed: what depends on them is left out."""
-    evaluate.main([str(tiny_model), "--data_files", str(chat_file)])
+def test_a_model_from_elsewhere_has_no_settings(tiny_model, chat_file, tmp_path, capsys):
+    """Those of the loss are not guessed: what depends on them is left out. Nor need it have a padding token."""
+    shutil.copytree(tiny_model, tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in settings.items() if key != "pad_token"}))
+    scores = tmp_path / "scores.json"
+    evaluate.main([str(tmp_path / "model"), "--data_files", str(chat_file), "--output", str(scores)])
+    assert set(json.loads(scores.read_text())) == {*KEYS, "p_below_0.01", "p_above_0.99"}
     assert "perplexity" in capsys.readouterr().out
 
 
@@ -69,6 +75,22 @@ def test_a_model_from_elsewhere_has_no_settings(tiny_model, chat_file, capsys):
 def test_mistakes(tiny_model, chat_file, flags, message):
     with pytest.raises(UserError, match=message):
         evaluate.main([str(tiny_model), "--data_files", str(chat_file), *flags])
+
+
+def test_settings_of_another_version_are_refused(tiny_model, chat_file, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    (tmp_path / "model" / "run.json").write_text('{"dft": {"dft_beta": 1.0}}')
+    with pytest.raises(UserError, match="run.json is of another version.*dft_beta"):
+        evaluate.main([str(tmp_path / "model"), "--data_files", str(chat_file)])
+
+
+def test_a_model_without_a_tokenizer_is_refused(tiny_model, chat_file, tmp_path):
+    """transformers makes an empty tokenizer of its configuration."""
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(tiny_model / name, tmp_path / "model" / name)
+    with pytest.raises(UserError, match="there are no files of a tokenizer"):
+        evaluate.main([str(tmp_path / "model"), "--data_files", str(chat_file)])
 
 
 def test_a_directory_that_is_no_model(tmp_path, chat_file, tiny_model):

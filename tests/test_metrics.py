@@ -9,6 +9,7 @@ from conftest import run
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from batching import PaddingCollator
 from dft_loss import TokenStatistics
 from token_sums import TokenSums, channel_averages
 
@@ -88,6 +89,38 @@ def test_a_micro_batch_is_added_without_waiting_for_the_device():
         assert transfers.found == []
         torch.as_tensor(3, device="cuda")  # what `add` must not do
         assert transfers.found
+
+
+class Waits(TorchDispatchMode):
+    """Counts what a GPU would have to be waited for: how many are not zero, masks as indices, values that are read."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        is_mask = func is torch.ops.aten.index.Tensor and any(i.dtype == torch.bool for i in args[1] if i is not None)
+        waiting = (torch.ops.aten.nonzero.default, torch.ops.aten._local_scalar_dense.default)
+        self.count += is_mask or func in waiting
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("fused_loss", ["on", "off"])
+def test_a_micro_batch_waits_once_with_metrics_of_sources_or_without(make_trainer, tokenizer, fused_loss):
+    """Besides the model itself: for which tokens are supervised, which the loss has to know."""
+    counts = {}
+    for channels in ((), ("a", "b")):
+        trainer = make_trainer(channels=channels, log_entropy=True, fused_loss=fused_loss)
+        items = [{**row, "channel": i % 2} for i, row in enumerate(trainer.train_dataset.select(range(4)))]
+        batch = PaddingCollator(tokenizer)(items)
+        trainer.compute_loss(trainer.model.train(), dict(batch))  # the first looks at the head
+        with Waits() as waits:
+            trainer.compute_loss(trainer.model, dict(batch))
+        with Waits() as of_model:
+            trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        counts[channels] = waits.count - of_model.count
+        assert trainer._train_metrics.sums.values[TokenSums.COUNT :].sum() > 0 or not channels
+    assert counts == {(): 1, ("a", "b"): 1}
 
 
 def test_sources_without_tokens_have_no_metrics():

@@ -1,6 +1,7 @@
 """What is kept of a run: run.json, and the model card."""
 
 import json
+import subprocess
 import sys
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -10,11 +11,12 @@ import yaml
 from transformers import TrainingArguments
 
 from arguments import DataArguments, DFTArguments, ModelArguments
+from dist_logger import UserError
 from model_card import MARK, model_card, write_card
 from run_facts import about_run, read_run, write_run
 
 ENTRY = {"path": "some/chats|1.jsonl", "rows_read": 1200, "kept": 1000, "tokens": 50_000, "supervised_tokens": 9_000}
-REPORT = {"files": [ENTRY], "total": {**ENTRY, "training_rows_per_epoch": 950}}
+REPORT = {"files": [ENTRY], "total": ENTRY}
 HISTORY = [
     {"step": 10, "ce_loss": 2.0, "train/avg_p_correct": 0.5},
     {"step": 10, "eval_ce_loss": 1.9, "eval_perplexity": 6.7, "eval_avg_p_correct": 0.51, "eval_acc": 0.6},
@@ -40,7 +42,8 @@ def facts(args, base="Qwen/Qwen3-8B", data=None, **dft):
         "data": DataArguments(["some"], **(data or {})),
         "dft": DFTArguments(**dft),
     }
-    return about_run({name: vars(some) for name, some in settings.items()}, args, REPORT)
+    num_rows = {"training": 950, "evaluation": 50}
+    return about_run({name: vars(some) for name, some in settings.items()}, args, REPORT, num_rows)
 
 
 def test_what_is_recorded_of_a_run(monkeypatch, args, tmp_path):
@@ -54,6 +57,36 @@ def test_what_is_recorded_of_a_run(monkeypatch, args, tmp_path):
     (tmp_path / "checkpoint-3").mkdir()
     assert read_run(tmp_path) == read_run(tmp_path / "checkpoint-3") == json.loads(json.dumps(about))
     assert read_run(tmp_path / "checkpoint-3" / "deeper") == {}
+
+
+def test_keys_are_not_kept(monkeypatch, args):
+    words = ["train_dft.py", "--hub_token", "hf_1", "--hub-token=hf_2", "--my_api_key", "k3", "--data_files", "a_key"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert (
+        facts(args)["command_line"]
+        == "train_dft.py --hub_token HIDDEN --hub-token=HIDDEN --my_api_key HIDDEN --data_files a_key"
+    )
+
+
+def test_a_broken_file_is_said(tmp_path):
+    (tmp_path / "run.json").write_text('{"dft": ')
+    with pytest.raises(UserError, match=r"run.json can't be read .* mend it, or move it away"):
+        read_run(tmp_path)
+
+
+def test_code_that_was_changed_is_said_so(monkeypatch, args, tmp_path):
+    """Only of a repository that holds it: code installed inside another one's directory has no commit."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    (tmp_path / "run_facts.py").write_text("x")
+    monkeypatch.setattr("run_facts.__file__", str(tmp_path / "run_facts.py"))
+    assert facts(args)["git_commit"] is None
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-qm", "m"], check=True)
+    commit = facts(args)["git_commit"]
+    assert len(commit) == 40
+    (tmp_path / "run_facts.py").write_text("y")
+    assert facts(args)["git_commit"] == f"{commit}-dirty"
 
 
 def test_code_outside_a_repository_has_no_commit(monkeypatch, args, tmp_path):
@@ -74,7 +107,8 @@ def test_the_card_says_what_the_model_is_made_of(args):
         "`Qwen/Qwen3-8B`, fine-tuned with the DFT loss",
         "here α = 0.7.",
         "| chats¦1.jsonl | 1,200 | 1,000 | 50,000 | 9,000 |",
-        "950 rows were trained on in an epoch; 5 % of the rows were held out",
+        "950 rows were trained on in an epoch, 50 evaluated on, held out.",
+        "| num_train_epochs | 3.0 |",
         "| dft_floor | 0.4 |",
         "| warmup_ratio | 0.05 |",
         "| seed | 7 |",
@@ -89,12 +123,15 @@ def test_the_card_says_what_the_model_is_made_of(args):
 def test_the_card_of_plain_fine_tuning_does_not_speak_of_dft(args, tmp_path):
     """Its base model is a directory, which is no name on the hub and nobody's business."""
     (tmp_path / "private" / "base").mkdir(parents=True)
-    settings = {"data": {"validation_split_percentage": 0.0}, "use_simple_dft": False}
+    settings = {"data": {"eval_data_files": [str(tmp_path / "own.jsonl")]}, "use_simple_dft": False}
     about = facts(args, base=str(tmp_path / "private" / "base"), **settings)
+    args.max_steps = 40
     card = model_card(about, REPORT, args, [])
     assert "`base`, fine-tuned with plain cross-entropy (SFT).\n" in card
     assert "DFT sharpens" not in card
-    assert "none were held out" in card
+    assert "50 evaluated on, from own.jsonl." in card
+    assert "| max_steps | 40 |" in card
+    assert "num_train_epochs" not in card
     assert "base_model" not in card
     assert str(tmp_path) not in card
 

@@ -1,17 +1,18 @@
 """What a run shows while it trains: a line for each record, trackers that may fail, curves at every save."""
 
 import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from console import print_lines, record_line, summary
 from dist_logger import UserError
 from trackers import GuardedTracker, TrackerIds, check_trackers, guard_trackers, start_tensorboard
-from tracking import Curves
+from tracking import Curves, TrainLog
 
 
 def test_a_record_is_one_line():
@@ -93,7 +94,8 @@ def trackers(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
 
     def check(*names: str, rank: int = 0) -> dict[str, str]:
-        return check_trackers(SimpleNamespace(report_to=names, process_index=rank, output_dir=str(tmp_path / "out")))
+        args = {"report_to": names, "process_index": rank, "output_dir": str(tmp_path / "out"), "project": "dft"}
+        return check_trackers(SimpleNamespace(**args))
 
     return check
 
@@ -110,6 +112,12 @@ def test_a_tracker_whose_server_fails_writes_to_disk(trackers, caplog, monkeypat
     monkeypatch.setenv("WANDB_API_KEY", "bad")
     assert trackers("wandb") == {"wandb": "offline"}
     assert "its server can't be used (WANDB_API_KEY invalid" in caplog.text
+
+
+def test_the_projects_name_that_swanlab_fails_on(trackers, monkeypatch):
+    monkeypatch.setenv("SWANLAB_PROJECT", "mine")
+    assert trackers("swanlab") == {"swanlab": "offline"}
+    assert "SWANLAB_PROJECT" not in os.environ
 
 
 def test_modes_that_need_no_server_are_left_alone(trackers, caplog, monkeypatch):
@@ -177,6 +185,21 @@ def test_curves_are_drawn_at_every_save(make_trainer, tmp_path):
     assert min(drawn) > 10_000
 
 
+def test_a_log_that_ends_in_the_middle_of_a_line(tmp_path, caplog):
+    """The machine went down: what is whole, up to the checkpoint, is kept."""
+    log = TrainLog(str(tmp_path))
+    log.path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": null}\n{"step": 3, "lo')
+    log.on_train_begin(None, TrainerState(global_step=2, is_world_process_zero=True), None)
+    assert log.path.read_text() == '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": null}\n'
+    assert "a broken line is left out" in caplog.text
+
+
+def test_broken_names_begin_a_new_run(tmp_path, caplog):
+    (tmp_path / "tracker_ids.json").write_text('{"wandb')
+    assert TrackerIds(tmp_path, is_resumed=True).to_go_on("wandb") == {}
+    assert "the trackers begin a new run" in caplog.text
+
+
 def test_a_resumed_run_goes_on_in_its_trackers(tmp_path):
     first = TrackerIds(tmp_path, is_resumed=False)
     assert first.to_go_on("wandb") == {}
@@ -214,6 +237,24 @@ def test_a_run_ends_with_a_summary(make_trainer):
         first, *_, last = [r[key] for r in trainer.state.log_history if key in r]
         assert f" {first:.4f} at step 1 -> {last:.4f} at step 3" in text
     assert f"python scripts/chat.py {trainer.args.output_dir}" in text
+    trainer.state.log_history[-1]["train_steps"] = 2
+    assert summary(trainer).startswith("Done: 3 steps, 2 of them since the run was resumed, in 0:00:0")
+
+
+def test_the_speed_is_that_of_training_alone(make_trainer):
+    """Drawing the curves, say, takes its time and not the training's."""
+
+    class Slow(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            time.sleep(1.0)
+
+        on_log = on_save
+
+    trainer = make_trainer(max_steps=4, save_strategy="steps", save_steps=1)
+    trainer.add_callback(Slow())
+    result = trainer.train()
+    assert result.metrics["train_runtime"] > 7
+    assert result.metrics["train_tokens"] / result.metrics["train_tokens_per_second"] < 3
 
 
 def test_tensorboards_directory_has_the_name_of_the_run(monkeypatch, tmp_path):

@@ -137,6 +137,28 @@ def test_an_evaluation_set_without_a_length(make_trainer):
         assert metrics[f"eval_{name}"] == pytest.approx(expected[name], rel=1e-5), name
 
 
+def test_an_attempt_that_runs_out_of_memory_leaves_nothing_in_the_metrics(make_trainer, monkeypatch):
+    """auto_find_batch_size starts anew with fewer rows."""
+    settings = {"max_steps": 4, "logging_steps": 2}
+    trainer = make_trainer(auto_find_batch_size=True, per_device_train_batch_size=8, **settings)
+    compute_loss, calls = trainer.compute_loss, []
+
+    def fail_once(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return compute_loss(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "compute_loss", fail_once)
+    result = trainer.train()
+    records = [r for r in trainer.state.log_history if "learning_rate" in r]
+    assert [(r["step"], "ce_loss" in r) for r in records] == [(2, True), (4, True)]
+    assert trainer._train_batch_size < 8
+    expected = make_trainer(per_device_train_batch_size=trainer._train_batch_size, **settings).train()
+    for key in ("train_steps", "train_tokens", "train_supervised_tokens"):
+        assert result.metrics[key] == expected.metrics[key]
+
+
 def test_training_twice_logs_twice(make_trainer):
     trainer = make_trainer(max_steps=2)
     for _ in range(2):
