@@ -33,8 +33,8 @@ def check_trackers(args: TrainingArguments) -> dict[str, str]:
     Raises:
         UserError: an unknown mode, or a directory that can't be written to.
     """
-    if "SWANLAB_PROJECT" in os.environ:  # transformers documents it, and swanlab fails on it
-        args.project = os.environ.pop("SWANLAB_PROJECT")
+    if "SWANLAB_PROJECT" in os.environ:  # transformers documents this name, on which swanlab fails
+        os.environ["SWANLAB_PROJ_NAME"] = os.environ.pop("SWANLAB_PROJECT")
     usable = {}
     for name in args.report_to:
         check_mode(name)
@@ -168,13 +168,14 @@ class TrackerIds:
 def start_swanlab(args: TrainingArguments, mode: str, about: dict[str, Any], ids: TrackerIds) -> None:
     """Starts SwanLab's run here, because transformers' callback fails where no run exists yet.
 
-    SWANLAB_LOG_DIR is respected.
+    SWANLAB_LOG_DIR and SWANLAB_PROJ_NAME are respected.
     """
     import swanlab
 
     if mode == "local":  # whose page shows a nested setting as [object Object]
         about = {name: json.dumps(value) if isinstance(value, dict) else value for name, value in about.items()}
-    settings = {"project": args.project, "name": args.run_name, "mode": mode, "config": about}
+    project = os.environ.get("SWANLAB_PROJ_NAME", args.project)
+    settings = {"project": project, "name": args.run_name, "mode": mode, "config": about}
     run = swanlab.init(log_dir=directory_of("swanlab", args)[0], **settings, **ids.to_go_on("swanlab"))
     ids.keep("swanlab", run.id)
 

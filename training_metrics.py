@@ -68,7 +68,7 @@ class TrainingMetrics:
 
     @contextmanager
     def not_training(self) -> Iterator[None]:
-        """Around what is not training, such as evaluations, saves, and records, which count the time up to here."""
+        """Around what is not training, such as evaluations and saves; of a record, what comes after it."""
         self._paused_at = time.perf_counter()
         yield
         if self._clock is not None:
@@ -113,8 +113,10 @@ class TrainingMetrics:
 
     def _take(self, accelerator) -> tuple[list[float], float]:
         """The sums over all ranks, and the seconds, since the last record."""
-        sums = self.sums.take(accelerator)
-        now = time.perf_counter() if self._paused_at is None else self._paused_at
+        sums = self.sums.take(accelerator)  # waits for the device: what it still had to do was training
+        now = time.perf_counter()
+        if self._paused_at is not None:
+            self._paused_at = now
         seconds = max(now - (now if self._clock is None else self._clock), 1e-9)
         self._clock = now
         self._tokens += sums[TokenSums.TOKENS]

@@ -116,8 +116,10 @@ def test_a_tracker_whose_server_fails_writes_to_disk(trackers, caplog, monkeypat
 
 def test_the_projects_name_that_swanlab_fails_on(trackers, monkeypatch):
     monkeypatch.setenv("SWANLAB_PROJECT", "mine")
+    monkeypatch.setenv("SWANLAB_PROJ_NAME", "")  # so that it is put back
     assert trackers("swanlab") == {"swanlab": "offline"}
     assert "SWANLAB_PROJECT" not in os.environ
+    assert os.environ["SWANLAB_PROJ_NAME"] == "mine"
 
 
 def test_modes_that_need_no_server_are_left_alone(trackers, caplog, monkeypatch):
