@@ -42,11 +42,13 @@ def main(argv: list[str] | None = None) -> None:
     setup_logging()
     quiet_libraries(progress_bars=False)
     run = read_run(args.model)
-    trained = load_trained(args.model, "cpu", args.dtype, args.trust_remote_code)
-    logging = run.get("logging", {})
-    data = load_data(args, trained, run.get("data", {}), args.channels or logging.get("channels", "auto"))
-    metrics = evaluate(args, trained, data, run)
-    if metrics is None:  # another rank says it
+    with tempfile.TemporaryDirectory() as directory:
+        training = training_arguments(args, run.get("training", {}), directory)  # first: it joins the other ranks
+        trained = load_trained(args.model, "cpu", args.dtype, args.trust_remote_code)
+        logging = run.get("logging", {})
+        data = load_data(args, trained, run.get("data", {}), args.channels or logging.get("channels", "auto"))
+        metrics = evaluate(training, trained, data, run)
+    if training.process_index != 0:
         return
     print(table(metrics, data))
     if args.output:
@@ -77,6 +79,24 @@ def check_output(path: Path | None) -> None:
     """Raises UserError where the file can't be written, before the evaluation is done for nothing."""
     if path is not None and (path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)):
         raise UserError(f"--output {path} can't be written: give a file in a directory that exists")
+
+
+def training_arguments(args: argparse.Namespace, precision: dict[str, bool], directory: str) -> DFTTrainingArguments:
+    """What the trainer is told.
+
+    Args:
+        precision: of the training; not used where another dtype is asked for.
+    """
+    use_cpu = args.device == "cpu" or not has_accelerator()
+    precision = precision if args.dtype == "auto" else {}
+    return DFTTrainingArguments(
+        output_dir=directory,
+        per_device_eval_batch_size=args.batch_size,
+        use_cpu=use_cpu,
+        bf16=precision.get("bf16", False),
+        fp16=precision.get("fp16", False) and not use_cpu,
+        report_to=["none"],
+    )
 
 
 def load_data(
@@ -128,42 +148,26 @@ class Evaluation(DFTTrainer):
 
 
 def evaluate(
-    args: argparse.Namespace, trained: TrainedModel, data: PreparedData, run: dict[str, Any]
-) -> dict[str, float] | None:
-    """The metrics, on rank 0.
+    training: DFTTrainingArguments, trained: TrainedModel, data: PreparedData, run: dict[str, Any]
+) -> dict[str, float]:
+    """The metrics.
 
     Args:
         run: see read_run; without the settings of the loss, what depends on them is left out.
     """
     own = loss_settings(loss_arguments(run["dft"]), trained.tokenizer) if "dft" in run else {}
-    precision = run.get("training", {}) if args.dtype == "auto" else {}
-    use_cpu = args.device == "cpu" or not has_accelerator()
-    with_entropy = run.get("logging", {}).get("log_entropy", False)
-    with tempfile.TemporaryDirectory() as directory:
-        training = DFTTrainingArguments(
-            output_dir=directory,
-            per_device_eval_batch_size=args.batch_size,
-            use_cpu=use_cpu,
-            bf16=precision.get("bf16", False),
-            fp16=precision.get("fp16", False) and not use_cpu,
-            report_to=["none"],
-            disable_tqdm=not sys.stderr.isatty(),
-        )
-        trainer = Evaluation(
-            trained.model,
-            training,
-            **own,
-            channels=data.channels,
-            log_entropy=with_entropy,
-            data_collator=PaddingCollator(trained.tokenizer),
-            eval_dataset=data.train,
-        )
-        metrics = trainer.evaluate(metric_key_prefix="eval")
-    if training.process_index != 0:
-        return None
+    trainer = Evaluation(
+        trained.model,
+        training,
+        **own,
+        channels=data.channels,
+        log_entropy=run.get("logging", {}).get("log_entropy", False),
+        data_collator=PaddingCollator(trained.tokenizer),
+        eval_dataset=data.train,
+    )
+    metrics = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
     names = ("ce_loss", "perplexity", "avg_p_correct", "acc", "p_below_0.01", "p_above_0.99", "entropy")
     kept = (*names, "loss", "mean_weight") if own else names
-    metrics = {key.removeprefix("eval_"): value for key, value in metrics.items()}
     return {key: value for key, value in metrics.items() if key in kept or key.startswith("channel/")}
 
 
