@@ -91,6 +91,20 @@ def test_a_micro_batch_is_added_without_waiting_for_the_device():
         assert transfers.found
 
 
+def test_a_record_is_one_reduction(make_trainer, monkeypatch):
+    """Of everything: sources, entropy, health."""
+    trainer = make_trainer(channels=["a", "b", "c"], log_entropy=True)
+    trainer.train()
+    calls = []
+    reduce = trainer.accelerator.reduce
+    monkeypatch.setattr(
+        trainer.accelerator, "reduce", lambda *args, **kwargs: calls.append(1) or reduce(*args, **kwargs)
+    )
+    record = trainer._train_metrics.record(trainer.accelerator, 3, 1.0)
+    assert {"loss", "ce_loss", "entropy", "mean_weight", "tokens_per_second"} <= set(record)
+    assert len(calls) == 1
+
+
 class Waits(TorchDispatchMode):
     """Counts what a GPU would have to be waited for: how many are not zero, masks as indices, values that are read."""
 
