@@ -216,7 +216,7 @@ def test_trackers_together_and_offline(train, tmp_path):
     assert list((out / "swanlog").glob("run-*"))
     assert list((out / "wandb").glob("offline-run-*"))
     assert list((out / "runs").rglob("events.out.tfevents.*"))
-    assert set(json.loads((out / "tracker_ids.json").read_text())) == {"swanlab", "wandb"}
+    assert set(json.loads((out / "tracker_ids.json").read_text())) == {"swanlab", "wandb", "tensorboard"}
     recorded = b"".join(path.read_bytes() for path in (out / "wandb").glob("offline-run-*/*.wandb"))
     assert b"git_commit" in recorded
     assert b"chats.jsonl" in recorded

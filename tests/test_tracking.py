@@ -248,15 +248,15 @@ def test_the_speed_is_that_of_training_alone(make_trainer):
 
     class Slow(TrainerCallback):
         def on_save(self, args, state, control, **kwargs):
-            time.sleep(1.0)
+            time.sleep(0.25)
 
         on_log = on_save
 
     trainer = make_trainer(max_steps=4, save_strategy="steps", save_steps=1)
     trainer.add_callback(Slow())
     result = trainer.train()
-    assert result.metrics["train_runtime"] > 7
-    assert result.metrics["train_tokens"] / result.metrics["train_tokens_per_second"] < 3
+    seconds = result.metrics["train_tokens"] / result.metrics["train_tokens_per_second"]
+    assert result.metrics["train_runtime"] - seconds > 7 * 0.25  # 4 saves and 4 records, of which one may come first
 
 
 def test_tensorboards_directory_has_the_name_of_the_run(monkeypatch, tmp_path):
