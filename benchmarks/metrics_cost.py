@@ -7,17 +7,21 @@
 
 Counted is all that compute_loss does outside the model's forward, and all of log(). Our share is that of a run that
 logs every 10 steps and draws its curves every 200, with 4 sources. In another run metrics are on in every second step
-only: "turns" is the median of steps with them over that without. The last line is JSON; shares are of the step's time.
+only: "turns" is the median, over pairs of neighbours, of the time of a step with them over that of one without, and
+"turns_low" and "turns_high" what it may be by chance (a bootstrap, 95%). The last line is JSON; shares are of the
+step's time.
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
 
 from benchmarks.measuring import MAX_OTHERS, facts, keep, markdown_table, run_measured, surroundings
 
@@ -25,6 +29,7 @@ RUN = Path(__file__).parent / "metrics_cost_run.py"
 PACKAGES = ("torch", "transformers", "accelerate", "trl", "matplotlib")
 WAYS = {"ours": "ours", "ours_entropy": "ours, with entropy", "trl": "TRL (with entropy)"}
 LOGGING_STEPS, SAVE_STEPS = 10, 200
+TURNS = 6  # times as many steps where metrics take turns
 Found = dict[str, list[dict[str, Any]]]
 
 
@@ -34,7 +39,7 @@ def measure(args: argparse.Namespace) -> Found:
     found: Found = {way: [] for way in ways}
     for number in range(args.rounds):
         for way in [way for way in ways if way in found]:
-            steps = args.steps * 2 if way == "ours_turns" else args.steps
+            steps = args.steps * TURNS if way == "ours_turns" else args.steps
             flags = ["--steps", steps, "--rows", args.rows, "--device", args.device, "--size", args.size]
             try:
                 result = run_measured([sys.executable, str(RUN), way, *map(str, flags)], args.patience, tries=1)
@@ -64,9 +69,10 @@ def numbers(found: Found) -> dict[str, float]:
     result = {name: round(share, 6) for name, share in shares.items()}
     if "trl" in found:
         result["ours_vs_trl_seconds"] = round(cost(found, "ours_entropy") / cost(found, "trl"), 3)
-    steps = {key: [s for result in found["ours_turns"] for s in result[key]] for key in ("with", "without")}
-    result["turns"] = round(median(steps["with"]) / median(steps["without"]), 4)
-    return result
+    pairs = [on / off for some in found["ours_turns"] for on, off in zip(some["with"], some["without"], strict=False)]
+    again = np.median(np.random.default_rng(0).choice(pairs, (2000, len(pairs))), axis=1)
+    turns = (median(pairs), *np.quantile(again, (0.025, 0.975)))
+    return result | dict(zip(("turns", "turns_low", "turns_high"), (round(float(t), 4) for t in turns), strict=True))
 
 
 def describe(found: Found, about: dict[str, Any], result: dict[str, float], args: argparse.Namespace) -> str:
@@ -85,11 +91,6 @@ def describe(found: Found, about: dict[str, Any], result: dict[str, float], args
                     f"{result[f'{way}_share']:.3%}",
                 )
             )
-    spread = {}
-    for key in ("with", "without"):
-        seconds = [s for some in found["ours_turns"] for s in some[key]]
-        low, mid, high = quantiles(seconds, n=4)
-        spread[key] = f"{mid:.3f} s (half of them from {low:.3f} to {high:.3f})"
     return "\n\n".join(
         [
             "# What metrics cost: results",
@@ -100,7 +101,8 @@ def describe(found: Found, about: dict[str, Any], result: dict[str, float], args
             f"""\
 - Share: what is counted in every step, a tenth of a record (one every {LOGGING_STEPS} steps), and 1/{SAVE_STEPS} of a
   drawing of the curves (200 records).
-- Metrics in every second step only: steps with them took {spread["with"]}, steps without {spread["without"]}.
+- Metrics in every second step only: a step with a record took {result["turns"]:.3f} times as long as its neighbour
+  without metrics (median; by chance {result["turns_low"]:.3f} to {result["turns_high"]:.3f}).
 - Entropy is computed with the loss, inside the forward pass: it is in the time of the step and not in its share.
 - TRL records entropy, accuracy and tokens; ours are those of the README, also of 4 sources, with train_log.jsonl and
   a line for each record. On a processor nothing waits for a device; on a GPU that is what costs.
@@ -115,7 +117,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--size", default="small", help="of the model, see train_step_run.py")
     parser.add_argument("--rounds", type=int, default=3, help="processes for each measurement")
-    parser.add_argument("--steps", type=int, default=12, help="of each, twice as many where metrics take turns")
+    parser.add_argument("--steps", type=int, default=12, help="of each; more where metrics take turns")
     parser.add_argument("--rows", type=int, default=4, help="of a step")
     parser.add_argument("--patience", type=float, default=20, help="seconds to wait for a quiet machine")
     args = parser.parse_args()
