@@ -210,9 +210,8 @@ class DFTTrainer(Trainer):
         """The micro-batches of one step, and the supervised tokens (or turns) of all ranks to divide by."""
         self._train_metrics.start(self.state.global_step)
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        count = torch.zeros((), dtype=torch.int64)
-        for batch in batches:
-            count = count + count_terms(batch["labels"], self.loss_normalization)
+        counts = [count_terms(batch["labels"], self.loss_normalization) for batch in batches]
+        count = torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.int64)
         self._num_batches = self._batches_to_do = len(batches)
         self._finite_check.begin()
         return batches, self.accelerator.reduce(count.to(device), reduction="sum")

@@ -111,6 +111,9 @@ def test_quickstart_learns(tmp_path):
     assert records[-1]["loss"] < 0.7 * records[0]["loss"]
     assert records[-1]["train/avg_p_correct"] > records[0]["train/avg_p_correct"] + 0.05
     assert records[-1]["train/dft_alpha"] == 0.7
+    sources = {path.stem for path in (ROOT / "examples" / "data").iterdir()}
+    assert {key.split("/")[1] for record in records for key in record if key.startswith("channel/")} == sources
+    assert "here α = 0.7" in (out / "model" / "README.md").read_text()
     base = json.loads((out / "base" / "all_results.json").read_text())
     model = json.loads((out / "model" / "all_results.json").read_text())
     assert model["eval_acc"] > base["eval_acc"]
