@@ -195,7 +195,7 @@ class LoggingArguments:
     )
     channels: Channels = option(
         "Sources with metrics of their own. file: the data files. field: what a row's field `channel` says, or its "
-        f"file. auto: field where rows have one, else file, if that makes 2 to {MAX_CHANNELS}. none.",
+        f"file. auto: field where that makes 2 to {MAX_CHANNELS} sources, else file where that does, else none.",
         "auto",
     )
     log_entropy: bool = option("Add the entropy of the model's predictions, which costs a little time.", False)

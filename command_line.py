@@ -60,7 +60,7 @@ def build_parser() -> Parser:
         DATACLASSES,
         prog="train_dft.py",
         usage="%(prog)s --model_name_or_path MODEL --data_files FILE [FILE …] [--config FILE.yaml] [flags]",
-        description="Fine-tune a causal language model on ChatML data with the DFT loss.",
+        description="Fine-tune a causal language model on chat data with the DFT loss.",
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )

@@ -99,7 +99,7 @@ def summary(trainer: Trainer) -> str:
         steps += f", {totals['train_steps']} of them since the run was resumed,"
     lines = [
         f"Done: {steps} in {clock(totals['train_runtime'])}, {totals['train_tokens']:,.0f} tokens, "
-        f"{totals['train_tokens_per_second']:,.0f} tokens/s"
+        f"{totals['train_tokens_per_second']:,.0f} tokens/s without evaluations and saves"
     ]
     for name, key in (
         ("training cross-entropy", "ce_loss"),
@@ -109,7 +109,8 @@ def summary(trainer: Trainer) -> str:
     ):
         steps, values = series(history, key)
         if steps:
-            lines.append(f"  {name:<25} {values[0]:.4f} at step {steps[0]} -> {values[-1]:.4f} at step {steps[-1]}")
+            first = f"{values[0]:.4f} at step {steps[0]} -> " if len(steps) > 1 else ""
+            lines.append(f"  {name:<25} {first}{values[-1]:.4f} at step {steps[-1]}")
     if state.best_model_checkpoint:
         metric = f"{trainer.args.metric_for_best_model} {state.best_metric:.4f}"
         lines.append(f"  best checkpoint           {state.best_model_checkpoint} ({metric})")

@@ -19,7 +19,7 @@ MARK = "<!-- Written by train_dft.py; it replaces this file as long as this line
 HYPERPARAMETERS = (
     "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay",
     "max_grad_norm", "optim", "per_device_train_batch_size", "max_tokens_per_batch", "gradient_accumulation_steps",
-    "world_size", "bf16", "fp16", "seed",
+    "batching", "world_size", "bf16", "fp16", "seed",
 )  # fmt: skip
 
 
@@ -147,7 +147,8 @@ def _held_out(about: dict[str, Any]) -> str:
 
 
 def _settings(about: dict[str, Any], args: TrainingArguments) -> list[tuple[str, str]]:
-    dft = {name: value for name, value in about["dft"].items() if name not in ("dft_alpha", "use_simple_dft")}
+    dft = {name: value for name, value in about["dft"].items() if name != "use_simple_dft"}
+    dft["dft_alpha"] = _alpha(about["dft"])
     own = {"max_length": about["data"]["max_length"], "train_on": about["data"]["train_on"]}
     training = {name: getattr(args, name) for name in HYPERPARAMETERS}
     if args.max_steps > 0:

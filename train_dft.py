@@ -112,8 +112,9 @@ def find_checkpoint(args: DFTTrainingArguments) -> str | None:
     if wanted is None or wanted.lower() == "false":
         if Path(args.output_dir).is_dir() and get_last_checkpoint(args.output_dir):
             logger.warning(
-                "%s holds checkpoints of an earlier run, which count towards --save_total_limit. To go on from "
-                "them: --resume_from_checkpoint last",
+                "%s holds checkpoints of an earlier run, which count towards --save_total_limit, and which "
+                "--resume_from_checkpoint last would go on from, where they are further than this run's. To keep that "
+                "run: another --output_dir",
                 args.output_dir,
             )
         return None
@@ -142,6 +143,7 @@ def find_checkpoint(args: DFTTrainingArguments) -> str | None:
             f"--resume_from_checkpoint {path}: nothing is left to train, it is at step {step} and epoch {epoch:g}; "
             "raise --max_steps or --num_train_epochs"
         )
+    logger.info("Going on from %s, which is at step %d", path, step)
     return str(path)
 
 
@@ -194,7 +196,7 @@ def plan_batches(
         seed=args.seed if args.data_seed is None else args.data_seed,
         strategy=args.train_sampling_strategy,
     )
-    args.train_sampling_strategy = plan.strategy
+    args.train_sampling_strategy, args.batching = plan.strategy, plan.batching
     return plan
 
 
@@ -251,6 +253,8 @@ def show_data(
     write_page(data, tokenizer, out / "data_report.html")
     num_evaluation = len(data.evaluation) if data.evaluation is not None else 0
     logger.info("Data: %d training and %d evaluation rows", len(data.train), num_evaluation)
+    if data.channels:
+        logger.info("Sources with metrics of their own: %s", ", ".join(data.channels))
     for line in report_table(data.report).splitlines():
         logger.info(line)
     for row in data.samples:

@@ -51,7 +51,11 @@ class DFTTrainingArguments(TrainingArguments):
         None,
         ("--evaluation_strategy",),
     )
-    report_to: list[str] | None = option("Trackers: swanlab, wandb, tensorboard, all or none; several at once.")
+    report_to: list[str] | None = option(
+        "Trackers: swanlab, wandb, tensorboard and others, several at once; all that are installed; none, the default."
+    )
+    run_name: str | None = option("Name of the run in the trackers; a resumed run keeps it.")
+    eval_steps: float | None = option("Evaluate every so many steps; below 1, a share of all steps.")
     project: str = option("Name of the project in the trackers.", "dft")
     warmup_ratio: float | None = option("Share of the steps that warm the learning rate up, from 0 to below 1.")
     logging_dir: str | None = option("Directory for the log file and TensorBoard; by default that of the output.")
@@ -75,7 +79,9 @@ class DFTTrainingArguments(TrainingArguments):
     save_only_model: bool = option(
         "Checkpoints hold the model alone: smaller, but training can't be resumed from them.", False
     )
-    resume_from_checkpoint: str | None = option("Checkpoint directory to go on from; 'last' for the newest.")
+    resume_from_checkpoint: str | None = option(
+        "Checkpoint directory to go on from; 'last' for that of --output_dir with the highest step."
+    )
 
     def __post_init__(self):
         if self.disable_tqdm is None:

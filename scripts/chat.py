@@ -1,8 +1,8 @@
 """Talk to a model that was trained here.
 
-    python scripts/chat.py outputs/quickstart/model                                    # a conversation
-    python scripts/chat.py outputs/quickstart/model "What is the capital of France?"   # one answer
-    echo "What is the capital of France?" | python scripts/chat.py outputs/quickstart/model
+    python scripts/chat.py outputs/dft                                    # a conversation
+    python scripts/chat.py outputs/dft "What is the capital of France?"   # one answer
+    echo "What is the capital of France?" | python scripts/chat.py outputs/dft --system "Be brief."
 
 The directory holds a whole model, a checkpoint, or an adapter; an adapter's base model is found by its configuration.
 """
@@ -35,8 +35,8 @@ INTERRUPTED_STATUS = 130
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="directory of a trained model or adapter")
-    parser.add_argument("prompt", nargs="?", help="what to say; else what a pipe says; else a conversation")
-    parser.add_argument("--system", help="system prompt")
+    parser.add_argument("prompt", nargs="?", help="what to say; else all of a pipe; else a conversation")
+    parser.add_argument("--system", help="system prompt; a small model wants the one of its training")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="length of an answer; by default 512")
     parser.add_argument("--temperature", type=float, default=0.0, help="by default 0: the likeliest token every time")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")

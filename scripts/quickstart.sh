@@ -30,7 +30,8 @@ echo
 echo "== 3/3  A question to the result"
 question="What is the capital of France?"
 echo "> $question"
-python scripts/chat.py "$OUT/model" "$question" --system "You are a helpful assistant who answers in one short sentence."
+system="You are a helpful assistant who answers in one short sentence."  # as in the training
+python scripts/chat.py "$OUT/model" "$question" --system "$system"
 
 cat << END
 
@@ -42,7 +43,8 @@ Finished in $(( SECONDS - started )) s (installation not counted).
 
 Next:
   source .venv/bin/activate
-  python scripts/chat.py $OUT/model                                        # talk to it
+  python scripts/chat.py $OUT/model --system "$system"
+                                                                             # talk to it
   python train_dft.py --model_name_or_path $OUT/base --data_files my.jsonl --dry_run True
                                                                              # look at your own data
   MODEL=/path/to/your/model DATA="my.jsonl" OUTPUT_DIR=outputs/mine bash scripts/train.sh

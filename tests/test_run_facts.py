@@ -29,6 +29,7 @@ class Arguments(TrainingArguments):
     """With those of the flags that TrainingArguments hasn't."""
 
     max_tokens_per_batch: int | None = None
+    batching: str | None = None
 
 
 @pytest.fixture
@@ -109,6 +110,7 @@ def test_the_card_says_what_the_model_is_made_of(args):
         "| chats¦1.jsonl | 1,200 | 1,000 | 50,000 | 9,000 |",
         "950 rows were trained on in an epoch, 50 evaluated on, held out.",
         "| num_train_epochs | 3.0 |",
+        "| dft_alpha | 0.7 |",
         "| dft_floor | 0.4 |",
         "| warmup_ratio | 0.05 |",
         "| seed | 7 |",
