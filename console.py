@@ -66,6 +66,7 @@ class ConsoleLog(TrainerCallback):
         self._start, self._first_step = time.monotonic(), state.global_step
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        """Prints the record on rank 0; the seconds left are those of the steps to come at the mean speed so far."""
         done = state.global_step - self._first_step
         per_step = (time.monotonic() - self._start) / done if done else None
         left = None if per_step is None else per_step * (state.max_steps - state.global_step)
@@ -78,6 +79,7 @@ class ProgressLine(ProgressCallback):
     """Trainer's progress bar, with a line for each record above it."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        """Writes the record on rank 0, while there is a bar; that tells the time left itself."""
         line = record_line(logs or {}, state.global_step, state.max_steps)
         if line is not None and state.is_world_process_zero and self.training_bar is not None:
             self.training_bar.write(line)
@@ -94,11 +96,11 @@ def summary(trainer: Trainer) -> str:
     """What a run achieved and where it left things, in a few lines."""
     history, state, out = trainer.state.log_history, trainer.state, Path(trainer.args.output_dir)
     totals = next(record for record in reversed(history) if "train_runtime" in record)
-    steps = f"{state.global_step} steps"
+    done = f"{state.global_step} steps"
     if totals["train_steps"] < state.global_step:
-        steps += f", {totals['train_steps']} of them since the run was resumed,"
+        done += f", {totals['train_steps']} of them since the run was resumed,"
     lines = [
-        f"Done: {steps} in {clock(totals['train_runtime'])}, {totals['train_tokens']:,.0f} tokens, "
+        f"Done: {done} in {clock(totals['train_runtime'])}, {totals['train_tokens']:,.0f} tokens, "
         f"{totals['train_tokens_per_second']:,.0f} tokens/s without evaluations and saves"
     ]
     for name, key in (

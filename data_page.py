@@ -48,14 +48,13 @@ def write_page(data: PreparedData, tokenizer: PreTrainedTokenizerBase, path: Pat
     """Writes the page; it needs no other file."""
     header, *lines = report_cells(data.report)
     rows = [("th", header), *(("td", line) for line in lines)]
-    num_evaluation = len(data.evaluation) if data.evaluation is not None else 0
     samples = []
     for row in data.samples:
         parts = runs(row, tokenizer)
         text = "".join(f"<b>{escape(part)}</b>" if is_supervised else escape(part) for part, is_supervised in parts)
         samples.append(f"<h3>{escape(row.path)}:{row.line}</h3>\n<pre>{text}</pre>")
     page = PAGE.substitute(
-        summary=f"{len(data.train):,} training rows and {num_evaluation:,} evaluation rows.",
+        summary=f"{len(data.train):,} training rows and {data.num_evaluation:,} evaluation rows.",
         table="\n".join(
             "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in line) + "</tr>" for tag, line in rows
         ),

@@ -164,13 +164,19 @@ def report_notes(report: dict[str, Any]) -> list[str]:
 
 def report_table(report: dict[str, Any]) -> str:
     """The report as text."""
-    cells = report_cells(report)
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    lines = []
-    for name, form, *numbers in cells:
-        aligned = [n.rjust(w) for n, w in zip(numbers, widths[2:], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), form.ljust(widths[1]), *aligned]))
-    return "\n".join(lines + report_notes(report))
+    return "\n".join(aligned(report_cells(report), num_left=2) + report_notes(report))
+
+
+def aligned(cells: list[tuple[str, ...]], num_left: int) -> list[str]:
+    """The lines of a table: the first `num_left` columns to the left, the others, numbers, to the right."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if i < num_left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in cells
+    ]
 
 
 # ---- sample rows --------------------------------------------------------------------------------

@@ -68,6 +68,11 @@ class PreparedData:
         """The file and line of a training row."""
         return f"{self.report['files'][self.train_files[index]]['path']}:{self.train_lines[index]}"
 
+    @property
+    def num_evaluation(self) -> int:
+        """Rows to evaluate on."""
+        return 0 if self.evaluation is None else len(self.evaluation)
+
     def training_lengths(self) -> list[np.ndarray]:
         """The lengths in tokens, int32, of the training rows of each file, as often as an epoch sees them."""
         return [self.lengths[self.train_files == i] for i in range(len(self.report["files"]))]

@@ -76,7 +76,7 @@ tags:
 
 {_table(("", "first", "last"), _results(history))}
 
-Cross-entropy in nats per supervised token. {_best(history, args)}
+Cross-entropy in nats per supervised token. {_best(args)}
 
 ## Limits
 
@@ -177,7 +177,7 @@ def _results(history: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
     return lines
 
 
-def _best(history: list[dict[str, Any]], args: TrainingArguments) -> str:
+def _best(args: TrainingArguments) -> str:
     if not args.load_best_model_at_end:
         return "The weights are those of the last step."
     return f"The weights are those of the checkpoint with the best {args.metric_for_best_model}."

@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partialmethod
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,13 +41,20 @@ def check_trackers(args: TrainingArguments) -> dict[str, str]:
     for name in args.report_to:
         check_mode(name)
         make_directory(*directory_of(name, args))
-        try:
-            if args.process_index == 0:
+        if args.process_index == 0:
+            with going_on_without(name):
                 INTEGRATION_TO_CALLBACK[name]()  # says what is missing
                 usable[name] = choose_mode(name, args) if name in MODES else ""
-        except Exception as error:  # whatever it is, a tracker must not end a training run
-            logger.warning("--report_to %s: it can't start, going on without it: %s", name, error)
     return usable
+
+
+@contextmanager
+def going_on_without(name: str) -> Iterator[None]:
+    """Around what a tracker does before a run: a failure is a warning."""
+    try:
+        yield
+    except Exception as error:  # whatever it is, a tracker must not end a training run
+        logger.warning("--report_to %s: it can't start, going on without it: %s", name, error)
 
 
 def check_mode(name: str) -> None:
@@ -128,12 +137,10 @@ def start_trackers(
     usable = []
     for name, mode in modes.items():
         start = {"swanlab": start_swanlab, "wandb": start_wandb, "tensorboard": start_tensorboard}.get(name)
-        try:
+        with going_on_without(name):
             if start is not None:
                 start(args, mode, about, ids)
             usable.append(name)
-        except Exception as error:  # whatever it is, a tracker must not end a training run
-            logger.warning("--report_to %s: it can't start, going on without it: %s", name, error)
     return usable
 
 

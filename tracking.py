@@ -34,6 +34,7 @@ class TrainLog(TrainerCallback):
                 logger.warning("%s: a broken line is left out: %.60r", self.path, line)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        """Appends the record on rank 0; NaN and infinity become null."""
         if state.is_world_process_zero:
             with open(self.path, "a", encoding="utf-8") as file:
                 record = {"step": state.global_step, **(logs or {})}

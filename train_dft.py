@@ -68,13 +68,11 @@ def main(argv: list[str] | None = None) -> None:
     data = load_data(data_args, args, tokenizer, plan, logging_args.channels)
     if data_args.dry_run:
         return
-    settings = {"model": model_args, "data": data_args, "dft": dft_args, "logging": logging_args}
-    num_rows = {"training": len(data.train), "evaluation": len(data.evaluation or ())}
-    about = about_run({name: vars(some) for name, some in settings.items()}, args, data.report, num_rows)
-    if args.process_index == 0:
-        write_run(about, Path(args.output_dir))
+    groups = {"model": model_args, "data": data_args, "dft": dft_args, "logging": logging_args}
+    about = describe_run(groups, args, data)
     args.report_to = start_trackers(args, trackers, about, is_resumed=checkpoint is not None)
     model = load_model(model_args, args, config, attention)
+    curves = Curves(args.output_dir)
 
     trainer = DFTTrainer(
         model,
@@ -90,14 +88,14 @@ def main(argv: list[str] | None = None) -> None:
         train_dataset=plan.training_rows(data.train, data.lengths),
         eval_dataset=data.evaluation,
         processing_class=tokenizer,
-        callbacks=[TrainLog(args.output_dir), Curves(args.output_dir)],
+        callbacks=[TrainLog(args.output_dir), curves],
     )
     guard_trackers(trainer)
     print_lines(trainer)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     save(trainer, result.metrics)
     if args.process_index == 0:
-        plot_curves(trainer.state.log_history, Path(args.output_dir) / "training_curves.png")
+        plot_curves(trainer.state.log_history, curves.path)
         write_card(about, data.report, args, trainer.state.log_history)
         print(summary(trainer))
 
@@ -211,6 +209,16 @@ def load_data(
     chat_format = ChatFormat(tokenizer, data_args.train_on, data_args.mask_thinking)
     logger.info("Assistant turns are found by: %s", chat_format.method)
     is_main = args.process_index == 0
+    data = prepare_rows(data_args, chat_format, channels, args.seed, progress=is_main and not args.disable_tqdm)
+    if is_main:
+        show_data(data, data_args, args, tokenizer, plan)
+    return data
+
+
+def prepare_rows(
+    data_args: DataArguments, chat_format: ChatFormat, channels: Channels, seed: int, progress: bool
+) -> PreparedData:
+    """The rows of the files, see data_utils.prepare_data, made by one process of each node."""
     prepare = partial(
         prepare_in_cache,
         data_args.data_files,
@@ -226,16 +234,13 @@ def load_data(
         validation_split_percentage=data_args.validation_split_percentage,
         max_eval_samples=data_args.max_eval_samples,
         data_validation=data_args.data_validation,
-        seed=args.seed,
+        seed=seed,
         num_workers=data_args.preprocessing_num_workers,
         cache_dir=data_args.data_cache_dir or CACHE_DIRECTORY,
         overwrite_cache=data_args.overwrite_cache,
-        progress=is_main and not args.disable_tqdm,
+        progress=progress,
     )
-    data = load_prepared(once_per_node(prepare), channels)
-    if is_main:
-        show_data(data, data_args, args, tokenizer, plan)
-    return data
+    return load_prepared(once_per_node(prepare), channels)
 
 
 def show_data(
@@ -251,8 +256,7 @@ def show_data(
     write_report(data.report, out)
     shutil.copyfile(data.directory / "rejected.jsonl", out / "rejected.jsonl")
     write_page(data, tokenizer, out / "data_report.html")
-    num_evaluation = len(data.evaluation) if data.evaluation is not None else 0
-    logger.info("Data: %d training and %d evaluation rows", len(data.train), num_evaluation)
+    logger.info("Data: %d training and %d evaluation rows", len(data.train), data.num_evaluation)
     if data.channels:
         logger.info("Sources with metrics of their own: %s", ", ".join(data.channels))
     for line in report_table(data.report).splitlines():
@@ -266,6 +270,15 @@ def show_data(
         with open(out / "rejected.jsonl", encoding="utf-8") as file:
             for line in file:
                 logger.debug("dropped %s", line.rstrip("\n"))
+
+
+def describe_run(groups: dict[str, Any], args: DFTTrainingArguments, data: PreparedData) -> dict[str, Any]:
+    """What the run is, of its arguments by group; kept in run.json."""
+    num_rows = {"training": len(data.train), "evaluation": data.num_evaluation}
+    about = about_run({name: vars(group) for name, group in groups.items()}, args, data.report, num_rows)
+    if args.process_index == 0:
+        write_run(about, Path(args.output_dir))
+    return about
 
 
 def load_config(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:

@@ -13,26 +13,26 @@ import math
 import os
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from arguments import DFTArguments
+from arguments import DataArguments, DFTArguments
 from batching import PaddingCollator
 from channels import Channels
 from chat_format import ChatFormat
-from data_cache import CACHE_DIRECTORY
 from data_formats import FORMATS
-from data_utils import PreparedData, load_prepared, prepare_in_cache
+from data_report import aligned
+from data_utils import PreparedData
 from dft_trainer import DFTTrainer
 from dist_logger import UserError, quiet_libraries, setup_logging
-from process_group import has_accelerator, once_per_node, program
+from process_group import has_accelerator, program
 from run_facts import read_run
 from scripts.trained_model import DTYPES, TrainedModel, load_trained
-from train_dft import loss_settings
+from train_dft import loss_settings, prepare_rows
 from training_arguments import DFTTrainingArguments
 
+T = TypeVar("T")
 COLUMNS = {"CE": "ce_loss", "perplexity": "perplexity", "p_correct": "avg_p_correct", "accuracy": "acc"}
 
 
@@ -45,8 +45,10 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as directory:
         training = training_arguments(args, run.get("training", {}), directory)  # first: it joins the other ranks
         trained = load_trained(args.model, "cpu", args.dtype, args.trust_remote_code)
-        logging = run.get("logging", {})
-        data = load_data(args, trained, run.get("data", {}), args.channels or logging.get("channels", "auto"))
+        data_args = data_arguments(args, run.get("data", {}))
+        chat_format = ChatFormat(trained.tokenizer, data_args.train_on, data_args.mask_thinking)
+        channels = args.channels or run.get("logging", {}).get("channels", "auto")
+        data = prepare_rows(data_args, chat_format, channels, training.seed, progress=False)
         metrics = evaluate(training, trained, data, run)
     if training.process_index != 0:
         return
@@ -99,43 +101,26 @@ def training_arguments(args: argparse.Namespace, precision: dict[str, bool], dir
     )
 
 
-def load_data(
-    args: argparse.Namespace, trained: TrainedModel, settings: dict[str, Any], channels: Channels
-) -> PreparedData:
-    """All rows of the files, tokenised and labelled as in the training, of which these are the settings."""
-    role_map = dict(pair.split("=") for pair in settings.get("role_map") or [])
-    chat_format = ChatFormat(trained.tokenizer, settings.get("train_on", "all"), settings.get("mask_thinking", False))
-    prepare = partial(
-        prepare_in_cache,
-        args.data_files,
-        None,
-        chat_format,
-        data_format=args.data_format or settings.get("data_format", "auto"),
-        role_map=role_map,
-        max_length=args.max_length or settings.get("max_length", 8192),
-        truncation=settings.get("truncation", "right"),
-        dedup=False,
-        drop_leaked=False,
-        validation_split_percentage=0.0,
-        max_eval_samples=None,
-        data_validation=settings.get("data_validation", "standard"),
-        seed=42,
-        num_workers=settings.get("preprocessing_num_workers", 8),
-        cache_dir=CACHE_DIRECTORY,
-        overwrite_cache=False,
-        progress=False,
-    )
-    return load_prepared(once_per_node(prepare), channels)
+def data_arguments(args: argparse.Namespace, settings: dict[str, Any]) -> DataArguments:
+    """The flags of the data that a run was started with, for all rows of other files.
+
+    Raises:
+        UserError: another version has others.
+    """
+    other = {"data_files": args.data_files, "eval_data_files": None, "data_weights": None, "data_cache_dir": None}
+    every_row = {"dedup": False, "drop_leaked": False, "validation_split_percentage": 0.0, "overwrite_cache": False}
+    given = {name: getattr(args, name) for name in ("data_format", "max_length") if getattr(args, name) is not None}
+    return flags_of_run(DataArguments, settings | other | every_row | given)
 
 
-def loss_arguments(settings: dict[str, Any]) -> DFTArguments:
-    """The flags of the loss that a run was started with.
+def flags_of_run(cls: type[T], settings: dict[str, Any]) -> T:
+    """A group of flags, as run.json has it.
 
     Raises:
         UserError: another version has others.
     """
     try:
-        return DFTArguments(**settings)
+        return cls(**settings)
     except TypeError as error:
         raise UserError(f"the model's run.json is of another version, mend it or move it away: {error}") from error
 
@@ -155,7 +140,7 @@ def evaluate(
     Args:
         run: see read_run; without the settings of the loss, what depends on them is left out.
     """
-    own = loss_settings(loss_arguments(run["dft"]), trained.tokenizer) if "dft" in run else {}
+    own = loss_settings(flags_of_run(DFTArguments, run["dft"]), trained.tokenizer) if "dft" in run else {}
     trainer = Evaluation(
         trained.model,
         training,
@@ -179,11 +164,7 @@ def table(metrics: dict[str, float], data: PreparedData) -> str:
         if ce is not None:
             perplexity = math.exp(min(ce, 700.0))
             lines.append((name, *(f"{value:.4f}" for value in (ce, perplexity, p_correct, acc))))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
-        for line in lines
-    ]
+    text = aligned(lines, num_left=1)
     total = data.report["total"]
     dropped = total["rows_read"] - total["kept"]
     text.append(f"{total['kept']:,} rows, {total['supervised_tokens']:,} supervised tokens; {dropped:,} rows dropped")

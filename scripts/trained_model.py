@@ -12,12 +12,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from chat_format import ChatFormat
 from dist_logger import UserError
-from tokenizer_loading import load_tokenizer
+from tokenizer_loading import ERRORS, load_tokenizer
 from training_row import RowRejected
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-# what libraries raise for files that are missing, broken, or of something else
-LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError)
+LOADING_ERRORS = (*ERRORS, RuntimeError, SafetensorError)
 
 
 @dataclass(frozen=True)
