@@ -71,13 +71,19 @@ def join_for_deepspeed() -> dict[str, bool]:
     Without an accelerator, TrainingArguments takes the process for plain multi-CPU training and
     DeepSpeed for a run of one process. Joined here under accelerate's DeepSpeed flag, over gloo, both
     see the same ranks. A program started without a launcher becomes a group of one.
+
+    DeepSpeed's reduction for inference is kept from starting: where the launcher tells it, by LOCAL_SIZE, that all
+    ranks share a machine, it leaves 64 MiB a rank in /dev/shm, which is memory, until the machine is restarted.
     """
     if "LOCAL_RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
     if has_accelerator():
         return {}
     os.environ.update(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_TORCH_DEVICE="cpu", DS_ACCELERATOR="cpu")
+    local_size = os.environ.pop("LOCAL_SIZE", None)
     PartialState(backend="gloo")
+    if local_size is not None:
+        os.environ["LOCAL_SIZE"] = local_size
     return {"use_configured_state": True}
 
 

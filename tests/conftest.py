@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,8 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="dft-tests-")  # tokenised data of the runs below
+DATASETS_CACHE = tempfile.mkdtemp(prefix="dft-tests-")  # tokenised data of the runs below
+os.environ["HF_DATASETS_CACHE"] = DATASETS_CACHE
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parent.parent
@@ -29,6 +31,11 @@ from transformers import DataCollatorForSeq2Seq, TrainingArguments  # noqa: E402
 from dft_trainer import DFTTrainer  # noqa: E402
 from scripts.make_example_data import dialogues_zh, facts_en, reasoning_en, tools_en  # noqa: E402
 from scripts.make_tiny_model import make_model, make_tokenizer, strings  # noqa: E402
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(DATASETS_CACHE, ignore_errors=True)
+
 
 # A ChatML template without generation tags, of the kind of Qwen2.5's: a default system prompt, tools, tool results
 # inside a user turn

@@ -31,7 +31,9 @@ def logits_of(directory: Path) -> torch.Tensor:
 
 def test_zero3_leaves_a_whole_model(train, tiny_model, tmp_path):
     flags = ("--dft_alpha", 0.7, "--eval_steps", 1, "--save_steps", 1, "--save_total_limit", 1, "--fused_loss", "on")
+    shared_memory = set(Path("/dev/shm").glob("deepspeed_*"))
     result = train(*flags, "--save_only_model", 1, "--learning_rate", 1e-2, "--report_to", "tensorboard", **ZERO3)
+    assert set(Path("/dev/shm").glob("deepspeed_*")) <= shared_memory
     out = tmp_path / "out"
     original = load_file(tiny_model / "model.safetensors")
     saved = load_file(out / "model.safetensors")
