@@ -28,6 +28,8 @@ TAGS = {  # what a chart is called: key of the trainer's log
 }
 STEPS = os.environ.get("DASHBOARD_STEPS", "6")  # the pictures of the documents show 40
 SCREENSHOTS = os.environ.get("SCREENSHOTS")  # a directory: pictures of the pages are saved there
+SECONDS = 60  # that a dashboard may take for what it does at once where nothing else runs
+expect.set_options(timeout=SECONDS * 1000)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture
 def page(browser) -> Iterator[Page]:
     page = browser.new_page(viewport={"width": 1400, "height": 1060}, locale="en-US")
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(SECONDS * 1000)
     yield page
     page.close()
 
@@ -91,7 +93,7 @@ def served(log: Path, *command) -> Iterator[str]:
     with open(log, "w") as output:
         process = subprocess.Popen([program, *map(str, command[1:])], stdout=output, stderr=subprocess.STDOUT)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + SECONDS
         while not answers(address := re.search(r"http://([\w.]+):(\d+)", log.read_text())):
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
@@ -105,6 +107,20 @@ def served(log: Path, *command) -> Iterator[str]:
 def answers(address: re.Match | None) -> bool:
     with socket.socket() as client:
         return address is not None and client.connect_ex((address[1], int(address[2]))) == 0
+
+
+def wait_until_read(page: Page, address: str, tag: str, step: int) -> None:
+    """Until TensorBoard, which answers before it has read the run, knows a chart up to a step.
+
+    Its page asks for the runs once, when it is opened.
+    """
+    deadline = time.monotonic() + SECONDS
+    while True:
+        answer = page.request.get(f"{address}/data/plugin/scalars/scalars", params={"run": NAME, "tag": tag})
+        if answer.ok and answer.json()[-1][1] == step:
+            return
+        assert time.monotonic() < deadline, answer.text()
+        time.sleep(0.1)
 
 
 def show(page: Page, name: str, first: Locator) -> None:
@@ -148,6 +164,8 @@ def test_swanlab_of_one_machine(output_dir, last, page, tmp_path):
 def test_tensorboard(output_dir, last, page, tmp_path):
     fetched = watch(page)
     with served(tmp_path / "board.log", "tensorboard", "--logdir", output_dir / "runs", "--port", 0) as address:
+        for tag, (step, _) in last.items():
+            wait_until_read(page, address, tag, step)
         page.goto(f"{address}/?tagFilter={quote('^(' + '|'.join(last) + ')$')}#timeseries")
         expect(page.locator("runs-data-table").get_by_text(NAME, exact=True)).to_be_visible()
         for tag, (step, value) in last.items():
