@@ -1,5 +1,6 @@
 """What a run says of itself: a line for each record, a progress bar in a terminal, and a summary at the end."""
 
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from tracking import series
+from tracking import holds_best, series
 
 FIELDS = {  # of a record: its key, what it is called, and how it is written
     "loss": ("loss", ".4f"),
@@ -116,11 +117,12 @@ def summary(trainer: Trainer) -> str:
     if state.best_model_checkpoint:
         metric = f"{trainer.args.metric_for_best_model} {state.best_metric:.4f}"
         lines.append(f"  best checkpoint           {state.best_model_checkpoint} ({metric})")
+    weights = f" (weights of step {state.best_global_step})" if holds_best(trainer.args, state) else ""
     lines += [
-        f"  model                     {out}",
+        f"  model                     {out}{weights}",
         f"  curves                    {out / 'training_curves.png'}",
         f"  all numbers               {out / 'train_log.jsonl'}",
-        f"  talk to it                python scripts/chat.py {out}",
-        f"  evaluate it               python scripts/evaluate.py {out} --data_files FILE",
+        f"  talk to it                python scripts/chat.py {shlex.quote(str(out))}",
+        f"  evaluate it               python scripts/evaluate.py {shlex.quote(str(out))} --data_files FILE",
     ]
     return "\n".join(lines)

@@ -51,7 +51,7 @@ class DFTTrainer(Trainer):
         log_entropy: add the entropy of the model's predictions.
         row_lengths: tokens of each training row, for train_sampling_strategy group_by_length; by default counted.
         peak_tflops: what one device could do at most, for mfu; by default known for common GPUs.
-        log_metrics_steps: add the DFT metrics only to log records at least this many steps apart;
+        log_metrics_steps: add the DFT metrics only to log records at least this many steps apart, and to the last;
             None adds them to every record.
         All others are Trainer's own.
 
@@ -114,6 +114,7 @@ class DFTTrainer(Trainer):
         self.add_callback(TellEpoch(lambda: self._order))
         self.add_callback(LastRecord())
         self._refuse_what_changes_the_loss()
+        self._warn_of_the_loss_as_a_measure()
         if self.args.torch_compile:
             self._compile_layers()
         self.dft_alpha_warmup_ratio = dft_alpha_warmup_ratio
@@ -144,6 +145,15 @@ class DFTTrainer(Trainer):
             raise ValueError("label_smoothing_factor has no meaning for the DFT loss: set it to 0")
         if self.args.n_gpu > 1:
             raise ValueError("DataParallel is not supported: start one process per GPU (torchrun, deepspeed)")
+
+    def _warn_of_the_loss_as_a_measure(self) -> None:
+        metric = self.args.metric_for_best_model
+        if metric is not None and metric.removeprefix("eval_") == "loss" and self.token_weight.alpha > 0:
+            logger.warning(
+                "metric_for_best_model is %s: the DFT loss also falls where correct tokens become very unlikely, and "
+                "doesn't tell which checkpoint is best; eval_ce_loss and eval_acc do",
+                metric,
+            )
 
     def _compile_layers(self) -> None:
         """Compiles the model's layers and leaves what is around them, the head among it, as it is.
@@ -302,8 +312,8 @@ class DFTTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's log, with the DFT metrics added to training records. Every rank calls it."""
         if "loss" in logs and "learning_rate" in logs:
-            step = self.state.global_step
-            logs.update(self._train_metrics.record(self.accelerator, step, self.alpha_at(step - 1)))
+            step, is_last = self.state.global_step, self.state.global_step >= self.state.max_steps
+            logs.update(self._train_metrics.record(self.accelerator, step, self.alpha_at(step - 1), is_last))
         elif "train_runtime" in logs:
             logs.update(self._train_metrics.totals(self.accelerator, self.state.global_step))
         super().log(logs, start_time)

@@ -4,10 +4,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
 from dist_logger import get_logger
-from tracking import series
+from tracking import holds_best, series
 
 logger = get_logger(__name__)
 
@@ -23,30 +23,27 @@ HYPERPARAMETERS = (
 )  # fmt: skip
 
 
-def write_card(
-    about: dict[str, Any], report: dict[str, Any], args: TrainingArguments, history: list[dict[str, Any]]
-) -> None:
+def write_card(about: dict[str, Any], report: dict[str, Any], args: TrainingArguments, state: TrainerState) -> None:
     """Writes the model card, README.md of the output directory, unless a file of this name is somebody else's.
 
     Args:
         report: see data_report.make_report.
-        history: the trainer's log.
+        state: of the trainer, at the end.
     """
     path = Path(args.output_dir) / "README.md"
     if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
         logger.warning("%s is not one that was written here: it is kept, and no model card is written", path)
         return
-    path.write_text(model_card(about, report, args, history), encoding="utf-8")
+    path.write_text(model_card(about, report, args, state), encoding="utf-8")
 
 
-def model_card(
-    about: dict[str, Any], report: dict[str, Any], args: TrainingArguments, history: list[dict[str, Any]]
-) -> str:
+def model_card(about: dict[str, Any], report: dict[str, Any], args: TrainingArguments, state: TrainerState) -> str:
     """A model card in the hub's format, see `write_card`."""
     base, name = _name(about["model"]["model_name_or_path"]), Path(args.output_dir).resolve().name
     # a directory is no name on the hub
     base_line = f"base_model: {base}\n" if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else ""
     alpha = _alpha(about["dft"])
+    best_step = state.best_global_step if holds_best(args, state) else None
     loss = "plain cross-entropy (SFT)" if alpha == 0 else "the DFT loss (Dynamic Fine-Tuning, arXiv 2508.05629)"
     return f"""\
 ---
@@ -74,9 +71,9 @@ tags:
 
 ## Results
 
-{_table(("", "first", "last"), _results(history))}
+{_results(state.log_history, best_step)}
 
-Cross-entropy in nats per supervised token. {_best(args)}
+Cross-entropy in nats per supervised token. {_weights(args, best_step)}
 
 ## Limits
 
@@ -161,7 +158,8 @@ def _settings(about: dict[str, Any], args: TrainingArguments) -> list[tuple[str,
     return [(name, str(getattr(value, "value", value))) for name, value in values.items() if value not in (None, -1)]
 
 
-def _results(history: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
+def _results(history: list[dict[str, Any]], best_step: int | None) -> str:
+    """First and last results, and those of the best checkpoint where its weights are what is saved."""
     lines = []
     for name, key in (
         ("cross-entropy, training", "ce_loss"),
@@ -173,14 +171,15 @@ def _results(history: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
     ):
         steps, values = series(history, key)
         if steps:
-            lines.append((name, f"{values[0]:.4f} (step {steps[0]})", f"{values[-1]:.4f} (step {steps[-1]})"))
-    return lines
+            wanted = [0, -1] if best_step is None else [0, steps.index(best_step) if best_step in steps else None, -1]
+            lines.append((name, *("" if i is None else f"{values[i]:.4f} (step {steps[i]})" for i in wanted)))
+    return _table(("", "first", "last") if best_step is None else ("", "first", "these weights", "last"), lines)
 
 
-def _best(args: TrainingArguments) -> str:
-    if not args.load_best_model_at_end:
+def _weights(args: TrainingArguments, best_step: int | None) -> str:
+    if best_step is None:
         return "The weights are those of the last step."
-    return f"The weights are those of the checkpoint with the best {args.metric_for_best_model}."
+    return f"The weights are those of step {best_step}, the checkpoint with the best {args.metric_for_best_model}."
 
 
 def _weight_limit(dft: dict[str, Any]) -> str:

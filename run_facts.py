@@ -75,7 +75,10 @@ def read_run(model: Path) -> dict[str, Any]:
     """
     for path in (model / "run.json", model.resolve().parent / "run.json"):
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            run = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(run, dict):
+                raise ValueError("not a JSON object")
+            return run
         except FileNotFoundError:
             continue
         except (OSError, ValueError) as error:

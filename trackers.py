@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partialmethod
@@ -22,6 +24,12 @@ MODES = {
     "wandb": ("WANDB_MODE", ("online", "offline", "shared", "disabled", "dryrun", "run")),
 }
 
+# the variable that names the project, before --project does; the names that are taken; the same in words
+PROJECT_NAMES = {
+    "swanlab": ("SWANLAB_PROJ_NAME", r"[0-9a-zA-Z_+.-]{1,100}", "1 to 100 letters, digits, or of - _ . +"),
+    "wandb": ("WANDB_PROJECT", r"[^/\\#?%:]{1,128}", "1 to 128 characters, none of / \\ # ? % :"),
+}
+
 
 # ---- before a run -------------------------------------------------------------------------------
 
@@ -33,13 +41,15 @@ def check_trackers(args: TrainingArguments) -> dict[str, str]:
     can't be reached, will write to disk, with a warning that says how to upload that. Only rank 0 tracks.
 
     Raises:
-        UserError: an unknown mode, or a directory that can't be written to.
+        UserError: an unknown mode, a project's name that the tracker doesn't take, or a directory that can't be
+            written to.
     """
     if "SWANLAB_PROJECT" in os.environ:  # transformers documents this name, on which swanlab fails
         os.environ["SWANLAB_PROJ_NAME"] = os.environ.pop("SWANLAB_PROJECT")
     usable = {}
     for name in args.report_to:
         check_mode(name)
+        check_project(name, args)
         make_directory(*directory_of(name, args))
         if args.process_index == 0:
             with going_on_without(name):
@@ -65,12 +75,28 @@ def check_mode(name: str) -> None:
         raise UserError(f"{variable} is {mode}; it must be one of {', '.join(modes)}")
 
 
+def check_project(name: str, args: TrainingArguments) -> None:
+    """Raises UserError for a project's name that a tracker doesn't take."""
+    if name not in PROJECT_NAMES:
+        return
+    variable, pattern, rule = PROJECT_NAMES[name]
+    project = project_of(name, args)
+    if not re.fullmatch(pattern, project):
+        setting = variable if os.environ.get(variable) else "--project"
+        raise UserError(f"{setting} is {project!r}; {name} takes {rule}")
+
+
+def project_of(name: str, args: TrainingArguments) -> str:
+    """What a tracker is told to call the project."""
+    return os.environ.get(PROJECT_NAMES[name][0]) or args.project
+
+
 def directory_of(name: str, args: TrainingArguments) -> tuple[str, str]:
     """Where a tracker writes to, and the setting that says so."""
     settings = {
         "swanlab": ("SWANLAB_LOG_DIR", os.path.join(args.output_dir, "swanlog")),
         "wandb": ("WANDB_DIR", args.output_dir),
-        "tensorboard": ("TENSORBOARD_LOGGING_DIR", args.output_dir),
+        "tensorboard": ("TENSORBOARD_LOGGING_DIR", os.path.join(args.output_dir, "runs")),
     }
     variable, default = settings.get(name, ("", args.output_dir))
     return os.environ.get(variable, default), variable if variable in os.environ else "--output_dir"
@@ -91,7 +117,7 @@ def choose_mode(name: str, args: TrainingArguments) -> str:
         where, runs = {"swanlab": (directory, "run-*"), "wandb": (f"{directory}/wandb", "offline-run-*")}[name]
         logger.warning(
             "%s: %s, so the run is written to %s; upload it with `%s sync %s/%s`",
-            *(name, reason, where, name, where, runs),
+            *(name, reason, where, name, shlex.quote(where), runs),
         )
     return "offline" if reason else mode
 
@@ -123,17 +149,18 @@ def why_not_online_wandb() -> str:
 
 
 def start_trackers(
-    args: TrainingArguments, modes: dict[str, str], about: dict[str, Any], is_resumed: bool = False
+    args: TrainingArguments, modes: dict[str, str], about: dict[str, Any], steps_done: int = 0
 ) -> list[str]:
     """Starts trackers, and returns those that did. A run that is resumed goes on where it stopped.
 
     Args:
         modes: see `check_trackers`.
         about: recorded with the run, see run_facts.about_run.
+        steps_done: of the run that is resumed.
     """
     if args.process_index != 0:
         return []
-    ids = TrackerIds(args.output_dir, is_resumed)
+    ids = TrackerIds(args.output_dir, steps_done)
     usable = []
     for name, mode in modes.items():
         start = {"swanlab": start_swanlab, "wandb": start_wandb, "tensorboard": start_tensorboard}.get(name)
@@ -145,12 +172,17 @@ def start_trackers(
 
 
 class TrackerIds:
-    """The names that trackers gave to a run, kept in its output directory."""
+    """The names that trackers gave to a run, kept in its output directory.
 
-    def __init__(self, output_dir: str | Path, is_resumed: bool):
+    Attributes:
+        steps_done: of the run that is resumed; 0 for a new one.
+    """
+
+    def __init__(self, output_dir: str | Path, steps_done: int = 0):
+        self.steps_done = steps_done
         self._path = Path(output_dir) / "tracker_ids.json"
         self._ids: dict[str, str] = {}
-        if not is_resumed:
+        if not steps_done:
             self._path.unlink(missing_ok=True)
         try:
             self._ids = json.loads(self._path.read_text(encoding="utf-8"))
@@ -181,8 +213,7 @@ def start_swanlab(args: TrainingArguments, mode: str, about: dict[str, Any], ids
 
     if mode == "local":  # whose page shows a nested setting as [object Object]
         about = {name: json.dumps(value) if isinstance(value, dict) else value for name, value in about.items()}
-    project = os.environ.get("SWANLAB_PROJ_NAME", args.project)
-    settings = {"project": project, "name": args.run_name, "mode": mode, "config": about}
+    settings = {"project": project_of("swanlab", args), "name": args.run_name, "mode": mode, "config": about}
     run = swanlab.init(log_dir=directory_of("swanlab", args)[0], **settings, **ids.to_go_on("swanlab"))
     ids.keep("swanlab", run.id)
 
@@ -191,23 +222,28 @@ def start_wandb(args: TrainingArguments, mode: str, about: dict[str, Any], ids: 
     """Starts WandB's run. WANDB_DIR and WANDB_PROJECT are respected."""
     import wandb
 
-    project = os.environ.get("WANDB_PROJECT", args.project)
-    settings = {"project": project, "name": args.run_name, "mode": mode, "config": about}
+    settings = {"project": project_of("wandb", args), "name": args.run_name, "mode": mode, "config": about}
     run = wandb.init(dir=directory_of("wandb", args)[0], **settings, **ids.to_go_on("wandb"))
     ids.keep("wandb", run.id)
 
 
 def start_tensorboard(args: TrainingArguments, mode: str, about: dict[str, Any], ids: TrackerIds) -> None:
-    """Chooses TensorBoard's directory, by whose name it lists the run. TENSORBOARD_LOGGING_DIR is respected.
+    """Chooses TensorBoard's directory, by whose name it lists the run, and writes there what the run is.
 
-    Another run of the name gets the time in its own: in one directory the curves would be mixed.
+    It lies in TENSORBOARD_LOGGING_DIR, and that names it from here on, for transformers' callback. Another run of the
+    name gets the time in its own: in one directory the curves would be mixed.
     """
-    if "TENSORBOARD_LOGGING_DIR" in os.environ:
-        return
+    from torch.utils.tensorboard import SummaryWriter
+
     earlier, now = ids.earlier("tensorboard"), Path(default_logdir()).name
-    runs, name = Path(args.output_dir, "runs"), earlier or (args.run_name or now).replace(os.sep, "_")
+    runs, name = Path(directory_of("tensorboard", args)[0]), earlier or (args.run_name or now).replace(os.sep, "_")
+    if not name.strip("."):  # . and .. are other directories
+        name = now
     if earlier is None and (runs / name).exists():
         name = f"{name}_{now}"
+    # what an interrupted run recorded behind its last checkpoint is recorded anew
+    with SummaryWriter(str(runs / name), purge_step=ids.steps_done + 1 if ids.steps_done else None) as writer:
+        writer.add_text("run", f"```\n{json.dumps(about, indent=1, ensure_ascii=False)}\n```", ids.steps_done)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(runs / name)
     ids.keep("tensorboard", name)
 

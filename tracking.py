@@ -2,15 +2,10 @@
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
-
-from dist_logger import get_logger
-
-logger = get_logger(__name__)
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 
 class TrainLog(TrainerCallback):
@@ -21,26 +16,21 @@ class TrainLog(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            # a resumed run keeps what was logged up to its checkpoint
-            kept = [record for record in self._read() if record["step"] <= state.global_step > 0]
-            self.path.write_text("".join(f"{json.dumps(record)}\n" for record in kept), encoding="utf-8")
-
-    def _read(self) -> Iterator[dict[str, Any]]:
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        for line in lines:
-            try:
-                yield json.loads(line)
-            except ValueError:  # the machine went down while it was written
-                logger.warning("%s: a broken line is left out: %.60r", self.path, line)
+            # a resumed run begins with what its checkpoint knows
+            earlier = [self._line(record) for record in state.log_history if record["step"] <= state.global_step > 0]
+            self.path.write_text("".join(earlier), encoding="utf-8")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Appends the record on rank 0; NaN and infinity become null."""
         if state.is_world_process_zero:
             with open(self.path, "a", encoding="utf-8") as file:
-                record = {"step": state.global_step, **(logs or {})}
-                # JSON has no NaN
-                record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-                file.write(json.dumps(record) + "\n")
+                file.write(self._line({**(logs or {}), "step": state.global_step}))
+
+    @staticmethod
+    def _line(record: dict[str, Any]) -> str:
+        # JSON has no NaN
+        numbers = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        return json.dumps({"step": record["step"]} | numbers) + "\n"
 
 
 # ---- curves -------------------------------------------------------------------------------------
@@ -64,15 +54,21 @@ def series(log_history: list[dict[str, Any]], key: str) -> tuple[list[int], list
     return [r["step"] for r in records], [r[key] for r in records]
 
 
+def holds_best(args: TrainingArguments, state: TrainerState) -> bool:
+    """Whether the final weights are those of the best checkpoint, and not of the last step."""
+    return args.load_best_model_at_end and state.best_model_checkpoint is not None
+
+
 def plot_curves(log_history: list[dict[str, Any]], path: Path) -> None:
     """Draws the training curves to a PNG file."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     # fixed margins: matplotlib's layouts draw everything twice
-    margins = {"left": 0.04, "right": 0.99, "bottom": 0.07, "top": 0.95, "wspace": 0.16, "hspace": 0.28}
+    margins = {"left": 0.045, "right": 0.99, "bottom": 0.07, "top": 0.95, "wspace": 0.18, "hspace": 0.28}
     figure, axes = plt.subplots(2, 3, figsize=(15, 7), gridspec_kw=margins)
     for axis, (title, keys) in zip(axes.flat, PANELS.items(), strict=True):
         for color, (label, key) in zip(("tab:blue", "tab:orange"), keys.items(), strict=False):
@@ -83,8 +79,9 @@ def plot_curves(log_history: list[dict[str, Any]], path: Path) -> None:
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.ticklabel_format(axis="y", scilimits=(-2, 4))  # 0.002 is 2 under 1e-3: short numbers fit the margins
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
-        if len(keys) > 1:
+        if len(keys) > 1 and axis.lines:
             axis.legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)

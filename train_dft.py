@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     debug = data_args.debug_data_processing
     setup_logging(log_dir / "train_distributed.log", only_rank_0=logging_args.reduce_logging, debug=debug)
     quiet_libraries(progress_bars=not args.disable_tqdm)
-    checkpoint = find_checkpoint(args)
+    checkpoint, steps_done = find_checkpoint(args)
     trackers = {} if data_args.dry_run else check_trackers(args)
     tokenizer = make_tokenizer(model_args, data_args)
     config = load_config(model_args, tokenizer)
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     groups = {"model": model_args, "data": data_args, "dft": dft_args, "logging": logging_args}
     about = describe_run(groups, args, data)
-    args.report_to = start_trackers(args, trackers, about, is_resumed=checkpoint is not None)
+    args.report_to = start_trackers(args, trackers, about, steps_done)
     model = load_model(model_args, args, config, attention)
     curves = Curves(args.output_dir)
 
@@ -96,12 +96,12 @@ def main(argv: list[str] | None = None) -> None:
     save(trainer, result.metrics)
     if args.process_index == 0:
         plot_curves(trainer.state.log_history, curves.path)
-        write_card(about, data.report, args, trainer.state.log_history)
+        write_card(about, data.report, args, trainer.state)
         print(summary(trainer))
 
 
-def find_checkpoint(args: DFTTrainingArguments) -> str | None:
-    """The checkpoint directory to resume from, or None.
+def find_checkpoint(args: DFTTrainingArguments) -> tuple[str | None, int]:
+    """The checkpoint directory to resume from, or None, and its step.
 
     Raises:
         UserError: there is none, or it holds the model alone.
@@ -115,7 +115,7 @@ def find_checkpoint(args: DFTTrainingArguments) -> str | None:
                 "run: another --output_dir",
                 args.output_dir,
             )
-        return None
+        return None, 0
     if wanted.lower() in ("last", "true"):
         wanted = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
         if wanted is None:
@@ -142,7 +142,7 @@ def find_checkpoint(args: DFTTrainingArguments) -> str | None:
             "raise --max_steps or --num_train_epochs"
         )
     logger.info("Going on from %s, which is at step %d", path, step)
-    return str(path)
+    return str(path), step
 
 
 def make_tokenizer(model_args: ModelArguments, data_args: DataArguments) -> PreTrainedTokenizerBase:

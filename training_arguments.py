@@ -184,6 +184,9 @@ class DFTTrainingArguments(TrainingArguments):
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("logging_steps", "eval_steps", "save_steps"):
+            if (getattr(self, name) or 0) < 0:
+                raise UserError(f"--{name} is {getattr(self, name)}; it must be above 0")
         if self.learning_rate < 0:
             raise UserError(f"--learning_rate is {self.learning_rate}; it must be at least 0")
         if self.max_steps <= 0 and self.num_train_epochs <= 0:

@@ -28,7 +28,7 @@ class TrainingMetrics:
     Args:
         channels: names of the sources of tokens.
         with_entropy: the statistics of tokens have it.
-        min_steps: DFT metrics are added only to records at least this many steps apart; None for all.
+        min_steps: DFT metrics are added only to records at least this many steps apart, and to the last; None for all.
         flops, peak_tflops: what training needs, and what one device could do at most, for mfu.
 
     Attributes:
@@ -75,17 +75,18 @@ class TrainingMetrics:
             self._clock += time.perf_counter() - self._paused_at
         self._paused_at = None
 
-    def record(self, accelerator, step: int, alpha: float) -> dict[str, float]:
+    def record(self, accelerator, step: int, alpha: float, is_last: bool = False) -> dict[str, float]:
         """What was trained on since the last record. A collective, the only one of a record.
 
         Args:
             step: steps done.
             alpha: in force at the last of them.
+            is_last: of the training; has the DFT metrics whenever they were recorded before.
         """
         sums, seconds = self._take(accelerator)
         record = {"loss": averages(sums)["loss"]}
         self._unshown = [a + b for a, b in zip(self._unshown, sums, strict=True)]
-        if step - self._shown_step >= self._min_steps:
+        if step - self._shown_step >= self._min_steps or is_last:
             record |= self._dft_metrics(alpha)
             self._warn_if_hardly_anything_is_learnt()
             self._unshown = [0.0] * len(sums)

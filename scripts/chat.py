@@ -11,6 +11,7 @@ import signal
 
 if __name__ == "__main__":  # the imports below take seconds, in which Ctrl-C would show a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # ends where nobody reads on: chat.py … | head
 
 import argparse
 import copy
@@ -60,6 +61,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def read_pipe() -> str:
     """All of the standard input."""
+    sys.stdin.reconfigure(errors="strict")
     try:
         return sys.stdin.read().strip()
     except UnicodeDecodeError as error:

@@ -62,6 +62,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("model", type=Path, help="directory of a trained model, checkpoint or adapter")
     parser.add_argument("--data_files", nargs="+", required=True, help="files, directories, globs; all rows are used")
     parser.add_argument("--data_format", choices=("auto", *FORMATS), help="as in the training, else auto")
+    parser.add_argument(
+        "--data_validation",
+        choices=("standard", "strict", "lenient"),
+        help="what malformed rows do; as in the training, else standard",
+    )
     parser.add_argument("--max_length", type=int, help="in tokens; as in the training, else 8192")
     parser.add_argument(
         "--channels", choices=get_args(Channels), help="sources told apart; as in the training, else auto"
@@ -109,7 +114,8 @@ def data_arguments(args: argparse.Namespace, settings: dict[str, Any]) -> DataAr
     """
     other = {"data_files": args.data_files, "eval_data_files": None, "data_weights": None, "data_cache_dir": None}
     every_row = {"dedup": False, "drop_leaked": False, "validation_split_percentage": 0.0, "overwrite_cache": False}
-    given = {name: getattr(args, name) for name in ("data_format", "max_length") if getattr(args, name) is not None}
+    flags = ("data_format", "data_validation", "max_length")
+    given = {name: getattr(args, name) for name in flags if getattr(args, name) is not None}
     return flags_of_run(DataArguments, settings | other | every_row | given)
 
 

@@ -33,8 +33,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs.png"), help="the picture; by default runs.png")
     args = parser.parse_args(argv)
     names = run_names(args.runs, args.names)
-    plot_runs(dict(zip(names, map(read_log, args.runs), strict=True)), args.output)
-    print(args.output)
+    picture = args.output if args.output.suffix else args.output.with_suffix(".png")
+    plot_runs(dict(zip(names, map(read_log, args.runs), strict=True)), picture)
+    print(picture)
 
 
 def run_names(runs: list[Path], names: list[str] | None) -> list[str]:
@@ -69,10 +70,11 @@ def read_log(run: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
+            int(record["step"])  # it is there, and a number
             records.append({key: math.nan if value is None else value for key, value in record.items()})
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{path}:{number}: not a record of a training ({error})") from error
-    if not any(key in record for record in records for key in KEYS):
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path}:{number}: not a record of a training ({error!r})") from error
+    if not any(math.isfinite(record.get(key, math.nan)) for record in records for key in KEYS):
         raise UserError(f"{path} holds none of {', '.join(KEYS)}: nothing was logged yet, or not by this trainer")
     return records
 
@@ -100,7 +102,9 @@ def plot_runs(logs: dict[str, list[dict[str, Any]]], path: Path) -> None:
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    lines = [plt.Line2D([], [], color=f"C{i}", linewidth=3, label=name) for i, name in enumerate(logs)]
+    # a pair of dollar signs would be set as a formula
+    names = [name.replace("$", r"\$") for name in logs]
+    lines = [plt.Line2D([], [], color=f"C{i}", linewidth=3, label=name) for i, name in enumerate(names)]
     for label, style in (("training", TRAINING), ("evaluation", EVALUATION)):
         lines.append(plt.Line2D([], [], color="gray", label=label, **style))
     figure.legend(handles=lines, loc="outside lower center", ncols=min(len(lines), 6), frameon=False)

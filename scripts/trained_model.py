@@ -91,6 +91,8 @@ def load_adapter(directory: str, dtype: str, trust_remote_code: bool) -> PreTrai
         from peft import PeftConfig, PeftModel
     except ImportError as error:
         raise UserError(f"{directory} holds an adapter, which needs peft ({error}): pip install peft") from error
+    if not any(Path(directory).glob("adapter_model.*")):
+        raise UserError(f"{directory} has no adapter_model.safetensors beside its adapter_config.json: copy all of it")
     name = PeftConfig.from_pretrained(directory).base_model_name_or_path
     try:
         base = load_model(name, dtype, trust_remote_code)

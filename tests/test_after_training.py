@@ -1,5 +1,6 @@
 """What is done with trained models: runs compared, a model talked to, an adapter or a checkpoint exported."""
 
+import io
 import json
 import os
 import pty
@@ -83,6 +84,12 @@ def test_runs_are_drawn_over_one_another(tmp_path, monkeypatch):
     assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["sft", "dft", "training", "evaluation"]
 
 
+def test_a_picture_is_where_it_is_said_to_be(tmp_path, capsys):
+    plot_runs.main([str(write_log(tmp_path / "run", 4.0)), "--names", "$x_1$", "--output", str(tmp_path / "picture")])
+    assert capsys.readouterr().out == f"{tmp_path / 'picture.png'}\n"
+    assert (tmp_path / "picture.png").is_file()
+
+
 def test_names_of_runs(tmp_path):
     first, second = tmp_path / "a" / "model", tmp_path / "b" / "model"
     assert plot_runs.run_names([first, tmp_path / "b"], None) == ["model", "b"]
@@ -96,7 +103,10 @@ def test_names_of_runs(tmp_path):
         (None, [], "train_log.jsonl can't be read"),
         ("", [], "holds none of ce_loss, eval_ce_loss"),
         ('{"step": 1, "loss": 1.0}\n', [], "holds none of ce_loss"),
+        ('{"step": 1, "ce_loss": null}\n', [], "holds none of ce_loss"),
         ('{"step": 1, "ce_loss": 1.0}\n{"st', [], "train_log.jsonl:2: not a record"),
+        ('{"ce_loss": 1.0}\n', [], "train_log.jsonl:1: not a record of a training .*'step'"),
+        ("[1]\n", [], "train_log.jsonl:1: not a record"),
         ('{"step": 1, "ce_loss": 1.0}\n', ["--names", "a", "b"], "2 names for 1 runs"),
         ('{"step": 1, "ce_loss": 1.0}\n', ["--output", "no/such/a.png"], "no/such/a.png can't be written"),
         ('{"step": 1, "ce_loss": 1.0}\n', ["--output", "a.picture"], "a.picture can't be written"),
@@ -345,6 +355,13 @@ def test_a_prompt_from_a_pipe_to_an_adapter(adapter):
     result = subprocess.run(command, cwd=ROOT, input="Hi\n", capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert result.stdout == answer_of(adapter) + "\n"
+
+
+def test_a_pipe_that_is_not_text(monkeypatch):
+    """Python's UTF-8 mode, which LANG=C.UTF-8 turns on, takes any bytes."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), "utf-8", errors="surrogateescape"))
+    with pytest.raises(UserError, match="the piped prompt is not text"):
+        chat.read_pipe()
 
 
 @pytest.mark.launch

@@ -186,6 +186,7 @@ WRONG = {
         ["--use_liger_kernel", "True", "--liger_kernel_config", '{"fused_linear_cross_entropy": true}'],
         "would replace the DFT loss",
     ),
+    "negative steps": (["--logging_steps", "-3"], "--logging_steps is -3"),
     "metric steps": (["--log_metrics_steps", "0"], "--log_metrics_steps is 0"),
 }
 

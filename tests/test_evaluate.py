@@ -77,6 +77,17 @@ def test_mistakes(tiny_model, chat_file, flags, message):
         evaluate.main([str(tiny_model), "--data_files", str(chat_file), *flags])
 
 
+def test_malformed_rows_may_be_dropped(tiny_model, chat_file, tmp_path, capsys):
+    """As the message about them says."""
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text(chat_file.read_text() + "{\n")
+    command = [str(tiny_model), "--data_files", str(broken)]
+    with pytest.raises(UserError, match="--data_validation lenient"):
+        evaluate.main(command)
+    evaluate.main([*command, "--data_validation", "lenient"])
+    assert "1 rows dropped" in capsys.readouterr().out
+
+
 def test_settings_of_another_version_are_refused(tiny_model, chat_file, tmp_path):
     shutil.copytree(tiny_model, tmp_path / "model")
     (tmp_path / "model" / "run.json").write_text('{"dft": {"dft_beta": 1.0}}')

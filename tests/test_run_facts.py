@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 import pytest
 import yaml
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
 from arguments import DataArguments, DFTArguments, ModelArguments
 from dist_logger import UserError
@@ -22,6 +22,7 @@ HISTORY = [
     {"step": 10, "eval_ce_loss": 1.9, "eval_perplexity": 6.7, "eval_avg_p_correct": 0.51, "eval_acc": 0.6},
     {"step": 20, "ce_loss": 1.0, "train/avg_p_correct": 0.75},
 ]
+STATE = TrainerState(log_history=HISTORY)
 
 
 @dataclass
@@ -69,8 +70,9 @@ def test_keys_are_not_kept(monkeypatch, args):
     )
 
 
-def test_a_broken_file_is_said(tmp_path):
-    (tmp_path / "run.json").write_text('{"dft": ')
+@pytest.mark.parametrize("text", ['{"dft": ', "[]"])
+def test_a_broken_file_is_said(tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
     with pytest.raises(UserError, match=r"run.json can't be read .* mend it, or move it away"):
         read_run(tmp_path)
 
@@ -95,11 +97,11 @@ def test_code_outside_a_repository_has_no_commit(monkeypatch, args, tmp_path):
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     about = facts(args)
     assert about["git_commit"] is None
-    assert "at commit" not in model_card(about, REPORT, args, HISTORY)
+    assert "at commit" not in model_card(about, REPORT, args, STATE)
 
 
 def test_the_card_says_what_the_model_is_made_of(args):
-    card = model_card(facts(args, dft_alpha=0.7, dft_floor=0.4), REPORT, args, HISTORY)
+    card = model_card(facts(args, dft_alpha=0.7, dft_floor=0.4), REPORT, args, STATE)
     head = yaml.safe_load(card.split("---\n")[1])
     assert head["base_model"] == "Qwen/Qwen3-8B"
     assert head["library_name"] == "transformers"
@@ -122,13 +124,25 @@ def test_the_card_says_what_the_model_is_made_of(args):
         assert text in card, text
 
 
+def test_the_card_gives_the_results_of_the_weights_that_are_saved(args):
+    args.load_best_model_at_end, args.metric_for_best_model = True, "eval_ce_loss"
+    history = [{"step": step, "eval_ce_loss": ce} for step, ce in ((10, 3.0), (20, 1.0), (30, 2.0))]
+    history.append({"step": 30, "ce_loss": 0.5})
+    best = TrainerState(log_history=history, best_global_step=20, best_model_checkpoint="checkpoint-20")
+    card = model_card(facts(args), REPORT, args, best)
+    assert "|  | first | these weights | last |" in card
+    assert "| cross-entropy, evaluation | 3.0000 (step 10) | 1.0000 (step 20) | 2.0000 (step 30) |" in card
+    assert "| cross-entropy, training | 0.5000 (step 30) |  | 0.5000 (step 30) |" in card
+    assert "The weights are those of step 20, the checkpoint with the best eval_ce_loss." in card
+
+
 def test_the_card_of_plain_fine_tuning_does_not_speak_of_dft(args, tmp_path):
     """Its base model is a directory, which is no name on the hub and nobody's business."""
     (tmp_path / "private" / "base").mkdir(parents=True)
     settings = {"data": {"eval_data_files": [str(tmp_path / "own.jsonl")]}, "use_simple_dft": False}
     about = facts(args, base=str(tmp_path / "private" / "base"), **settings)
     args.max_steps = 40
-    card = model_card(about, REPORT, args, [])
+    card = model_card(about, REPORT, args, TrainerState())
     assert "`base`, fine-tuned with plain cross-entropy (SFT).\n" in card
     assert "DFT sharpens" not in card
     assert "50 evaluated on, from own.jsonl." in card
@@ -141,11 +155,11 @@ def test_the_card_of_plain_fine_tuning_does_not_speak_of_dft(args, tmp_path):
 def test_a_card_of_somebody_elses_is_kept(args, tmp_path, caplog):
     path = tmp_path / "my-model" / "README.md"
     path.parent.mkdir()
-    write_card(facts(args), REPORT, args, HISTORY)
+    write_card(facts(args), REPORT, args, STATE)
     assert MARK in path.read_text()
-    write_card(facts(args, dft_alpha=0.25), REPORT, args, HISTORY)
+    write_card(facts(args, dft_alpha=0.25), REPORT, args, STATE)
     assert "here α = 0.25." in path.read_text()
     path.write_text("My own words.")
-    write_card(facts(args), REPORT, args, HISTORY)
+    write_card(facts(args), REPORT, args, STATE)
     assert path.read_text() == "My own words."
     assert "no model card is written" in caplog.text

@@ -6,6 +6,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from pydantic import TypeAdapter
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
@@ -142,6 +145,8 @@ def test_a_tracker_without_its_package_is_dropped(trackers, caplog, monkeypatch)
     [
         ("swanlab", "SWANLAB_MODE", "lokal", "SWANLAB_MODE is lokal; it must be one of online, cloud, offline, local"),
         ("wandb", "WANDB_MODE", "x", "WANDB_MODE is x; it must be one of online, offline"),
+        ("swanlab", "SWANLAB_PROJ_NAME", "my runs", "SWANLAB_PROJ_NAME is 'my runs'; swanlab takes 1 to 100 letters"),
+        ("wandb", "WANDB_PROJECT", "a/b", "WANDB_PROJECT is 'a/b'; wandb takes 1 to 128 characters"),
         ("swanlab", "SWANLAB_LOG_DIR", "/proc/x", "SWANLAB_LOG_DIR /proc/x can't be made"),
         ("wandb", "WANDB_DIR", "/proc/x", "WANDB_DIR /proc/x can't be made"),
         ("tensorboard", "TENSORBOARD_LOGGING_DIR", "/proc/x", "TENSORBOARD_LOGGING_DIR /proc/x can't be made"),
@@ -152,6 +157,37 @@ def test_mistakes_about_trackers_stop_every_rank(trackers, monkeypatch, name, va
     monkeypatch.setenv(variable, value)
     with pytest.raises(UserError, match=message):
         trackers(name, rank=rank)
+
+
+@pytest.mark.parametrize("name", ["swanlab", "wandb"])
+def test_names_of_projects_are_what_the_tracker_takes(trackers, monkeypatch, name):
+    """Refused here is what it refuses; at the start of a run that would be too late."""
+    from swanlab.sdk.internal.pkg.constraints import ProjectName
+    from wandb.sdk.wandb_settings import Settings
+
+    accepts = {"swanlab": TypeAdapter(ProjectName).validate_python, "wandb": lambda value: Settings(project=value)}
+    for value in (
+        "dft",
+        "my-runs_1.0+",
+        "my runs",
+        "a/b",
+        "a\\b",
+        "a#b",
+        "a?b",
+        "a%b",
+        "a:b",
+        "中文",
+        "x" * 101,
+        "x" * 129,
+    ):
+        monkeypatch.setenv({"swanlab": "SWANLAB_PROJ_NAME", "wandb": "WANDB_PROJECT"}[name], value)
+        try:
+            accepts[name](value)
+        except Exception:  # pydantic's, or the tracker's own
+            with pytest.raises(UserError, match="takes 1 to 1"):
+                trackers(name)
+        else:
+            assert list(trackers(name)) == [name], value
 
 
 def test_what_a_tracker_decides_is_passed_on():
@@ -187,30 +223,36 @@ def test_curves_are_drawn_at_every_save(make_trainer, tmp_path):
     assert min(drawn) > 10_000
 
 
-def test_a_log_that_ends_in_the_middle_of_a_line(tmp_path, caplog):
-    """The machine went down: what is whole, up to the checkpoint, is kept."""
+def test_the_log_of_a_resumed_run_begins_with_what_its_checkpoint_knows(tmp_path):
+    """Whatever lies there: the checkpoint may be another directory's, the machine may have gone down."""
     log = TrainLog(str(tmp_path))
-    log.path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": null}\n{"step": 3, "lo')
-    log.on_train_begin(None, TrainerState(global_step=2, is_world_process_zero=True), None)
+    log.path.write_text('{"step": 1, "loss": 9.0}\n{"step": 2, "loss": 8.0}\n{"step": 3, "lo')
+    history = [{"loss": 2.0, "step": 1}, {"loss": float("nan"), "step": 2}]
+    state = TrainerState(global_step=2, is_world_process_zero=True, log_history=history)
+    log.on_train_begin(None, state, None)
     assert log.path.read_text() == '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": null}\n'
-    assert "a broken line is left out" in caplog.text
+    state.global_step = 3
+    log.on_log(None, state, None, logs={"loss": 1.0})
+    assert log.path.read_text().splitlines()[2:] == ['{"step": 3, "loss": 1.0}']
+    log.on_train_begin(None, TrainerState(is_world_process_zero=True, log_history=history), None)  # tried again
+    assert log.path.read_text() == ""
 
 
 def test_broken_names_begin_a_new_run(tmp_path, caplog):
     (tmp_path / "tracker_ids.json").write_text('{"wandb')
-    assert TrackerIds(tmp_path, is_resumed=True).to_go_on("wandb") == {}
+    assert TrackerIds(tmp_path, steps_done=3).to_go_on("wandb") == {}
     assert "the trackers begin a new run" in caplog.text
 
 
 def test_a_resumed_run_goes_on_in_its_trackers(tmp_path):
-    first = TrackerIds(tmp_path, is_resumed=False)
+    first = TrackerIds(tmp_path)
     assert first.to_go_on("wandb") == {}
     first.keep("wandb", "abc")
     first.keep("swanlab", "def")
-    resumed = TrackerIds(tmp_path, is_resumed=True)
+    resumed = TrackerIds(tmp_path, steps_done=3)
     assert resumed.to_go_on("wandb") == {"id": "abc", "resume": "allow"}
     assert resumed.to_go_on("tensorboard") == {}
-    anew = TrackerIds(tmp_path, is_resumed=False)
+    anew = TrackerIds(tmp_path)
     assert anew.to_go_on("swanlab") == {}
 
 
@@ -238,7 +280,11 @@ def test_a_run_ends_with_a_summary(make_trainer):
     for key in ("ce_loss", "train/avg_p_correct", "eval_ce_loss", "eval_acc"):
         first, *_, last = [r[key] for r in trainer.state.log_history if key in r]
         assert f" {first:.4f} at step 1 -> {last:.4f} at step 3" in text
-    assert f"python scripts/chat.py {trainer.args.output_dir}" in text
+    assert f"python scripts/chat.py {trainer.args.output_dir}\n" in text
+    assert f"  {trainer.args.output_dir}\n" in text
+    trainer.args.load_best_model_at_end, trainer.args.metric_for_best_model = True, "eval_acc"
+    trainer.state.best_model_checkpoint, trainer.state.best_global_step, trainer.state.best_metric = "c", 2, 0.5
+    assert f"  {trainer.args.output_dir} (weights of step 2)\n" in summary(trainer)
     trainer.state.log_history[-1]["train_steps"] = 2
     assert summary(trainer).startswith("Done: 3 steps, 2 of them since the run was resumed, in 0:00:0")
 
@@ -264,10 +310,11 @@ def test_tensorboards_directory_has_the_name_of_the_run(monkeypatch, tmp_path):
     variable = "TENSORBOARD_LOGGING_DIR"
     args = TrainingArguments(output_dir=str(tmp_path), run_name="first/try", report_to="none")
 
-    def directory(is_resumed: bool = False, args=args) -> Path:
+    def directory(steps_done: int = 0, args=args, chosen: Path | None = None) -> Path:
         monkeypatch.delenv(variable, raising=False)
-        start_tensorboard(args, "", {}, TrackerIds(tmp_path, is_resumed))
-        os.makedirs(os.environ[variable], exist_ok=True)
+        if chosen is not None:
+            monkeypatch.setenv(variable, str(chosen))
+        start_tensorboard(args, "", {}, TrackerIds(tmp_path, steps_done))
         return Path(os.environ[variable])
 
     first = directory()
@@ -275,9 +322,27 @@ def test_tensorboards_directory_has_the_name_of_the_run(monkeypatch, tmp_path):
     second = directory()
     assert second.parent == first.parent
     assert second.name.startswith("first_try_")
-    assert directory(is_resumed=True) == second
+    assert directory(steps_done=3) == second
     nameless = TrainingArguments(output_dir=str(tmp_path), report_to="none")
     assert "first" not in directory(args=nameless).name
-    monkeypatch.setenv(variable, "chosen")
-    start_tensorboard(args, "", {}, TrackerIds(tmp_path, is_resumed=True))
-    assert os.environ[variable] == "chosen"
+    dots = TrainingArguments(output_dir=str(tmp_path), run_name="..", report_to="none")
+    assert directory(args=dots).parent == first.parent
+    assert directory(chosen=tmp_path / "chosen") == tmp_path / "chosen" / "first_try"
+
+
+def test_tensorboard_has_each_step_once_and_knows_what_the_run_is(monkeypatch, tmp_path):
+    """Steps 3 and 4 were recorded before a crash, and again by the run that went on from a checkpoint of step 2."""
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "boards"))
+    args = TrainingArguments(output_dir=str(tmp_path), run_name="mine", report_to="none")
+    for steps_done, steps in ((0, (1, 2, 3, 4)), (2, (3, 4, 5))):
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(tmp_path / "boards")
+        start_tensorboard(args, "", {"dft": {"dft_alpha": 0.25}}, TrackerIds(tmp_path, steps_done))
+        with SummaryWriter(os.environ["TENSORBOARD_LOGGING_DIR"]) as writer:
+            for step in steps:
+                writer.add_scalar("train/loss", 10 * steps_done + step, step)
+    recorded = EventAccumulator(str(tmp_path / "boards" / "mine"))
+    recorded.Reload()
+    found = [(event.step, event.value) for event in recorded.Scalars("train/loss")]
+    assert found == [(1, 1), (2, 2), (3, 23), (4, 24), (5, 25)]
+    about = recorded.Tensors("run/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert '"dft_alpha": 0.25' in about

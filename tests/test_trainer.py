@@ -90,6 +90,8 @@ def test_metrics_every_few_steps_cover_all_steps_between(make_trainer):
     every.train()
     some = make_trainer(log_metrics_steps=4, **settings)
     some.train()
+    rare = make_trainer(log_metrics_steps=100, **settings)
+    rare.train()
     records = [r for r in every.state.log_history if "learning_rate" in r]
     sparse = [r for r in some.state.log_history if "learning_rate" in r]
     assert [("ce_loss" in r) for r in sparse] == [False, False, False, True]
@@ -97,6 +99,19 @@ def test_metrics_every_few_steps_cover_all_steps_between(make_trainer):
     whole = recomputed(every.model, every.train_dataset, 1.0)
     assert sparse[-1]["ce_loss"] == pytest.approx(whole["ce_loss"], rel=1e-5)
     assert sparse[-1]["train/avg_p_correct"] == pytest.approx(whole["avg_p_correct"], rel=1e-5)
+    # the last record has them always, of all that were not recorded
+    only = [r["ce_loss"] for r in rare.state.log_history if "ce_loss" in r]
+    assert only == [sparse[-1]["ce_loss"]]
+
+
+def test_the_dft_loss_is_no_measure_of_checkpoints(make_trainer, caplog):
+    """Trainer takes it where the best model is to be loaded and no metric is named."""
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
+    make_trainer(**best, dft_alpha=0.0)
+    make_trainer(**best, metric_for_best_model="eval_ce_loss")
+    assert "metric_for_best_model" not in caplog.text
+    make_trainer(**best)
+    assert "metric_for_best_model is loss: the DFT loss also falls" in caplog.text
 
 
 def test_compute_metrics_and_predict_still_work(make_trainer):
