@@ -11,6 +11,7 @@ from channels import MAX_CHANNELS, Channels
 from data_formats import FORMATS, ROLES
 from dist_logger import UserError
 from fused_loss import CHUNK_MB
+from rejected_rows import DataValidation
 
 
 def option(help: str, default: Any = None, aliases: tuple[str, ...] = ()) -> Any:
@@ -91,7 +92,7 @@ class DataArguments:
         "right",
     )
     chat_template: str | None = option("File with a Jinja chat template that replaces the tokenizer's own.")
-    data_validation: Literal["standard", "strict", "lenient"] = option(
+    data_validation: DataValidation = option(
         "standard: malformed rows stop the run, rows without anything to learn are dropped. strict: both stop. "
         "lenient: both are dropped. Whatever is dropped is counted and written to rejected.jsonl.",
         "standard",

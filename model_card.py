@@ -160,6 +160,7 @@ def _settings(about: dict[str, Any], args: TrainingArguments) -> list[tuple[str,
 
 def _results(history: list[dict[str, Any]], best_step: int | None) -> str:
     """First and last results, and those of the best checkpoint where its weights are what is saved."""
+    columns = ("first", "last") if best_step is None else ("first", "these weights", "last")
     lines = []
     for name, key in (
         ("cross-entropy, training", "ce_loss"),
@@ -171,9 +172,10 @@ def _results(history: list[dict[str, Any]], best_step: int | None) -> str:
     ):
         steps, values = series(history, key)
         if steps:
-            wanted = [0, -1] if best_step is None else [0, steps.index(best_step) if best_step in steps else None, -1]
-            lines.append((name, *("" if i is None else f"{values[i]:.4f} (step {steps[i]})" for i in wanted)))
-    return _table(("", "first", "last") if best_step is None else ("", "first", "these weights", "last"), lines)
+            step_of = {"first": steps[0], "these weights": best_step, "last": steps[-1]}
+            text_of = {step: f"{value:.4f} (step {step})" for step, value in zip(steps, values, strict=True)}
+            lines.append((name, *(text_of.get(step_of[column], "") for column in columns)))
+    return _table(("", *columns), lines)
 
 
 def _weights(args: TrainingArguments, best_step: int | None) -> str:

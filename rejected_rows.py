@@ -5,11 +5,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TextIO
+from typing import Literal, TextIO
 
 from data_formats import Rejected
 from dist_logger import UserError
 
+DataValidation = Literal["standard", "strict", "lenient"]
 SHOWN_ERRORS = 20
 ASKED_FOR = ("duplicate", "leaked")
 
@@ -28,7 +29,7 @@ class RejectedRows:
         first: {path of the data file: its first rejected row}.
     """
 
-    def __init__(self, path: Path, data_validation: str, truncation: str):
+    def __init__(self, path: Path, data_validation: DataValidation, truncation: str):
         self.reasons: dict[str, Counter[str]] = defaultdict(Counter)
         self.first: dict[str, Rejected] = {}
         self._data_validation = data_validation

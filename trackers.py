@@ -6,7 +6,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partialmethod
+from functools import partial, partialmethod
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -79,16 +79,17 @@ def check_project(name: str, args: TrainingArguments) -> None:
     """Raises UserError for a project's name that a tracker doesn't take."""
     if name not in PROJECT_NAMES:
         return
-    variable, pattern, rule = PROJECT_NAMES[name]
-    project = project_of(name, args)
+    _, pattern, rule = PROJECT_NAMES[name]
+    project, setting = project_of(name, args)
     if not re.fullmatch(pattern, project):
-        setting = variable if os.environ.get(variable) else "--project"
         raise UserError(f"{setting} is {project!r}; {name} takes {rule}")
 
 
-def project_of(name: str, args: TrainingArguments) -> str:
-    """What a tracker is told to call the project."""
-    return os.environ.get(PROJECT_NAMES[name][0]) or args.project
+def project_of(name: str, args: TrainingArguments) -> tuple[str, str]:
+    """What a tracker is told to call the project, and the setting that says so."""
+    variable, *_ = PROJECT_NAMES[name]
+    chosen = os.environ.get(variable)
+    return (chosen, variable) if chosen else (args.project, "--project")
 
 
 def directory_of(name: str, args: TrainingArguments) -> tuple[str, str]:
@@ -109,9 +110,7 @@ def choose_mode(name: str, args: TrainingArguments) -> str:
     mode = {"cloud": "online", "run": "online"}.get(mode, mode)
     if name == "swanlab" and mode == "local" and not find_spec("swanboard"):
         raise ImportError("its local mode needs a package more: pip install 'swanlab[dashboard]'")
-    reason = ""
-    if mode == "online":
-        reason = {"swanlab": why_not_online_swanlab, "wandb": why_not_online_wandb}[name]()
+    reason = why_not_online(name) if mode == "online" else ""
     if reason:
         directory, _ = directory_of(name, args)
         where, runs = {"swanlab": (directory, "run-*"), "wandb": (f"{directory}/wandb", "offline-run-*")}[name]
@@ -122,25 +121,20 @@ def choose_mode(name: str, args: TrainingArguments) -> str:
     return "offline" if reason else mode
 
 
-def why_not_online_swanlab() -> str:
-    """Why SwanLab's server can't be used; "" where it can."""
-    import swanlab
+def why_not_online(name: str) -> str:
+    """Why SwanLab's or WandB's server can't be used; "" where it can."""
+    if name == "swanlab":
+        import swanlab
 
-    if not swanlab.Settings().api_key:
-        return "no API key"
+        if not swanlab.Settings().api_key:  # it would ask for one
+            return "no API key"
+        login = swanlab.login
+    else:
+        import wandb
+
+        login = partial(wandb.login, prompt=False)
     try:
-        swanlab.login()
-    except Exception as error:  # of the network, of the server, of the key
-        return f"its server can't be used ({error})"
-    return ""
-
-
-def why_not_online_wandb() -> str:
-    """Why WandB's server can't be used; "" where it can."""
-    import wandb
-
-    try:
-        return "" if wandb.login(prompt=False) else "no API key"
+        return "" if login() else "no API key"
     except Exception as error:  # of the network, of the server, of the key
         return f"its server can't be used ({error})"
 
@@ -213,7 +207,7 @@ def start_swanlab(args: TrainingArguments, mode: str, about: dict[str, Any], ids
 
     if mode == "local":  # whose page shows a nested setting as [object Object]
         about = {name: json.dumps(value) if isinstance(value, dict) else value for name, value in about.items()}
-    settings = {"project": project_of("swanlab", args), "name": args.run_name, "mode": mode, "config": about}
+    settings = {"project": project_of("swanlab", args)[0], "name": args.run_name, "mode": mode, "config": about}
     run = swanlab.init(log_dir=directory_of("swanlab", args)[0], **settings, **ids.to_go_on("swanlab"))
     ids.keep("swanlab", run.id)
 
@@ -222,7 +216,7 @@ def start_wandb(args: TrainingArguments, mode: str, about: dict[str, Any], ids: 
     """Starts WandB's run. WANDB_DIR and WANDB_PROJECT are respected."""
     import wandb
 
-    settings = {"project": project_of("wandb", args), "name": args.run_name, "mode": mode, "config": about}
+    settings = {"project": project_of("wandb", args)[0], "name": args.run_name, "mode": mode, "config": about}
     run = wandb.init(dir=directory_of("wandb", args)[0], **settings, **ids.to_go_on("wandb"))
     ids.keep("wandb", run.id)
 

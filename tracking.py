@@ -16,9 +16,8 @@ class TrainLog(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            # a resumed run begins with what its checkpoint knows
-            earlier = [self._line(record) for record in state.log_history if record["step"] <= state.global_step > 0]
-            self.path.write_text("".join(earlier), encoding="utf-8")
+            earlier = state.log_history if state.global_step else []  # a resumed run's checkpoint knows them
+            self.path.write_text("".join(map(self._line, earlier)), encoding="utf-8")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Appends the record on rank 0; NaN and infinity become null."""

@@ -43,7 +43,7 @@ from process_group import once_per_node, program
 from run_facts import about_run, write_run
 from tokenizer_loading import load_tokenizer
 from trackers import check_trackers, guard_trackers, start_trackers
-from tracking import Curves, TrainLog, plot_curves
+from tracking import Curves, TrainLog, holds_best, plot_curves
 from training_arguments import DFTTrainingArguments
 
 logger = get_logger("train_dft")
@@ -342,7 +342,7 @@ def save(trainer: DFTTrainer, metrics: dict[str, float]) -> None:
     trainer.save_metrics("train", metrics)
     if trainer.eval_dataset is not None:
         state = trainer.state
-        step = state.best_global_step if args.load_best_model_at_end else state.global_step
+        step = state.best_global_step if holds_best(args, state) else state.global_step
         done = [r for r in state.log_history if "eval_loss" in r and r["step"] == step]
         metrics = {key: value for key, value in done[-1].items() if key != "step"} if done else trainer.evaluate()
         show_metrics(trainer, "eval", metrics)

@@ -27,6 +27,7 @@ from data_utils import PreparedData
 from dft_trainer import DFTTrainer
 from dist_logger import UserError, quiet_libraries, setup_logging
 from process_group import has_accelerator, program
+from rejected_rows import DataValidation
 from run_facts import read_run
 from scripts.trained_model import DTYPES, TrainedModel, load_trained
 from train_dft import loss_settings, prepare_rows
@@ -64,7 +65,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data_format", choices=("auto", *FORMATS), help="as in the training, else auto")
     parser.add_argument(
         "--data_validation",
-        choices=("standard", "strict", "lenient"),
+        choices=get_args(DataValidation),
         help="what malformed rows do; as in the training, else standard",
     )
     parser.add_argument("--max_length", type=int, help="in tokens; as in the training, else 8192")
