@@ -7,8 +7,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -35,6 +36,13 @@ from scripts.make_tiny_model import make_model, make_tokenizer, strings  # noqa:
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(DATASETS_CACHE, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """What the program sets for libraries, or a test for the program, doesn't outlive the test."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 # A ChatML template without generation tags, of the kind of Qwen2.5's: a default system prompt, tools, tool results

@@ -15,12 +15,6 @@ from dist_logger import UserError
 NEEDED = ["--model_name_or_path", "m", "--data_files", "d.jsonl", "--output_dir", "out"]
 
 
-@pytest.fixture(autouse=True)
-def restore_environment(monkeypatch):
-    """--logging_dir sets a variable for transformers: monkeypatch puts it back."""
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "unused")
-
-
 def parse(*flags):
     return parse_args([*NEEDED, *map(str, flags)])
 

@@ -99,8 +99,7 @@ def test_a_tracker_that_fails_is_dropped_and_the_run_goes_on(make_trainer, monke
 def trackers(tmp_path, monkeypatch):
     """A command line's trackers, without keys, and no variable of theirs set."""
     for variable in ("SWANLAB_MODE", "SWANLAB_LOG_DIR", "SWANLAB_API_KEY", "WANDB_MODE", "WANDB_DIR", "WANDB_API_KEY"):
-        monkeypatch.setenv(variable, "")  # so that it is put back
-        monkeypatch.delenv(variable)
+        monkeypatch.delenv(variable, raising=False)
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
 
@@ -127,7 +126,6 @@ def test_a_tracker_whose_server_fails_writes_to_disk(trackers, caplog, monkeypat
 
 def test_the_projects_name_that_swanlab_fails_on(trackers, monkeypatch):
     monkeypatch.setenv("SWANLAB_PROJECT", "mine")
-    monkeypatch.setenv("SWANLAB_PROJ_NAME", "")  # so that it is put back
     assert trackers("swanlab") == {"swanlab": "offline"}
     assert "SWANLAB_PROJECT" not in os.environ
     assert os.environ["SWANLAB_PROJ_NAME"] == "mine"
