@@ -13,7 +13,6 @@ file, rows read = rows kept + rows rejected + rows not sampled.
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,10 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from channels import Channels, choose_channels
-from chat_format import ChatFormat
-from data_cache import CACHE_DIRECTORY, cached, data_key
-from data_files import DataFile, find_data_files, read_rows
-from data_formats import Conversation, Rejected, RowReader, detect_format, parse, read_file
-from data_pipeline import (
+from dft.chat.format import ChatFormat
+from dft.data.cache import CACHE_DIRECTORY, cached, data_key
+from dft.data.channels import Channels
+from dft.data.pipeline import (
     RowStatistics,
     TokenSettings,
     Truncation,
@@ -37,45 +34,17 @@ from data_pipeline import (
     tokenize_conversations,
     tokenize_files,
 )
-from data_report import FileStatistics, SampleRow, make_report
-from data_selection import Catalogue, Selection, mix, select
-from dist_logger import UserError, get_logger
-from rejected_rows import RejectedRows
-from worker_pool import WorkerPool
+from dft.data.prepared import PreparedData, load_prepared
+from dft.data.rejection_log import RejectedRows
+from dft.data.report import FileStatistics, make_report
+from dft.data.selection import Catalogue, Selection, mix, select
+from dft.data.worker_pool import WorkerPool
+from dft.errors import UserError
+from dft.reading.files import DataFile, find_data_files, read_rows
+from dft.reading.formats import Conversation, Rejected, RowReader, detect_format, parse, read_file
+from dist_logger import get_logger
 
 logger = get_logger(__name__)
-
-
-@dataclass
-class PreparedData:
-    """The tokenised rows to train and to evaluate on, and what became of the others.
-
-    The columns are input_ids and labels (int32 lists; -100 where nothing is supervised); where
-    assistant turns are weighted, loss_weights (float32 lists); where there are channels, channel (int32).
-    """
-
-    train: Dataset
-    evaluation: Dataset | None
-    train_files: np.ndarray  # int32 [rows of train], index into report["files"]
-    train_lines: np.ndarray  # int64 [rows of train], where the row begins in its file
-    lengths: np.ndarray  # int32 [rows of train], tokens
-    report: dict[str, Any]  # see data_report.make_report
-    samples: list[SampleRow]  # the first training row of each file
-    directory: Path  # rejected.jsonl is there
-    channels: list[str]  # the sources that metrics are told apart by; empty for none
-
-    def source_of(self, index: int) -> str:
-        """The file and line of a training row."""
-        return f"{self.report['files'][self.train_files[index]]['path']}:{self.train_lines[index]}"
-
-    @property
-    def num_evaluation(self) -> int:
-        """Rows to evaluate on."""
-        return 0 if self.evaluation is None else len(self.evaluation)
-
-    def training_lengths(self) -> list[np.ndarray]:
-        """The lengths in tokens, int32, of the training rows of each file, as often as an epoch sees them."""
-        return [self.lengths[self.train_files == i] for i in range(len(self.report["files"]))]
 
 
 # ---- reading ------------------------------------------------------------------------------------
@@ -312,40 +281,3 @@ def _file_statistics(
         )
         for i, (reader, some) in enumerate(zip(readers, statistics, strict=True))
     ]
-
-
-def load_prepared(directory: Path, channels: Channels = "auto") -> PreparedData:
-    """What `prepare_in_cache` has written; the tokens stay on the disk.
-
-    Args:
-        channels: what rows are told apart by, see channels.choose_channels.
-    """
-    tokens = Dataset.from_file(str(directory / "tokens.arrow"))
-    report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
-    with np.load(directory / "rows.npz") as arrays:
-        names = ("train", "evaluation", "file_index", "line", "length", "channel", "channel_names")
-        train, evaluation, file, line, length, of_field, field_names = (arrays[name] for name in names)
-    _, first = np.unique(file[train], return_index=True)
-    samples = [
-        SampleRow(
-            report["files"][file[i]]["path"],
-            int(line[i]),
-            *(np.array(tokens[int(i)][c]) for c in tokens.column_names[:2]),
-        )
-        for i in train[np.sort(first)]
-    ]
-    paths = [entry["path"] for entry in report["files"]]
-    channel_names, channel = choose_channels(channels, file, paths, of_field, field_names.tolist())
-    if channel_names:
-        tokens = tokens.add_column("channel", channel)
-    return PreparedData(
-        train=tokens.select(train),
-        evaluation=tokens.select(evaluation) if len(evaluation) else None,
-        train_files=file[train],
-        train_lines=line[train],
-        lengths=length[train],
-        report=report,
-        samples=samples,
-        directory=directory,
-        channels=channel_names,
-    )

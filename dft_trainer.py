@@ -11,19 +11,19 @@ from accelerate.utils.other import is_repeated_blocks
 from torch.utils.data import Dataset, IterableDataset, Sampler
 from transformers import Trainer, TrainingArguments
 
-from batching import document_lengths, token_channels
-from dft_loss import Normalization, TokenWeight, count_terms, dft_loss_sum, token_scales
+from dft.batching.collators import document_lengths, token_channels
+from dft.batching.leak_check import assert_apart, needs_check
+from dft.batching.packing import DOCUMENTS
+from dft.batching.sampler import EpochOrder, FilledRows, TellEpoch, token_lengths
+from dft.loss.finite_check import FiniteCheck
+from dft.loss.from_logits import Normalization, TokenWeight, count_terms, dft_loss_sum, token_scales
+from dft.loss.fused import CHUNK_MB
+from dft.loss.head import LossHead, UnsupportedHead
+from dft.metrics.throughput import model_flops
+from dft.metrics.throughput import peak_tflops as known_peak_tflops
+from dft.metrics.token_sums import TokenSums, averages, channel_averages, health
+from dft.metrics.training import LastRecord, TrainingMetrics
 from dist_logger import get_logger
-from epoch_order import EpochOrder, FilledRows, TellEpoch, token_lengths
-from finite_check import FiniteCheck
-from fused_loss import CHUNK_MB
-from leak_check import assert_apart, needs_check
-from loss_head import LossHead, UnsupportedHead
-from packing import DOCUMENTS
-from throughput import model_flops
-from throughput import peak_tflops as known_peak_tflops
-from token_sums import TokenSums, averages, channel_averages, health
-from training_metrics import LastRecord, TrainingMetrics
 
 logger = get_logger(__name__)
 

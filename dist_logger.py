@@ -5,31 +5,21 @@ rank is read when a record is emitted, so it is true however late the process gr
 """
 
 import logging
-import os
 import warnings
 from pathlib import Path
 
 import datasets
-import torch.distributed as dist
 import transformers
 
+from dft.errors import UserError
+from dft.program import rank_and_world_size
+
 ROOT_NAME = "dft"
-
-
-class UserError(ValueError):
-    """A mistake that the user can mend. The message says what was given, what is allowed and what to do."""
 
 
 def get_logger(name: str) -> logging.Logger:
     """The logger of a module of this project."""
     return logging.getLogger(f"{ROOT_NAME}.{name}")
-
-
-def rank_and_world_size() -> tuple[int, int]:
-    """This process's rank and the number of processes: the process group's, else the launcher's, else 0 of 1."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 class RankFilter(logging.Filter):
@@ -76,24 +66,6 @@ def setup_logging(log_file: str | Path | None = None, only_rank_0: bool = True, 
         logger.addHandler(handler)
     logger.setLevel(logging.DEBUG if debug else logging.INFO)
     logger.propagate = False
-
-
-def make_directory(path: str, flag: str) -> Path:
-    """Makes a directory that is written to. Every rank does it, so that all find out together if they can't.
-
-    Args:
-        flag: the setting that names it, for the error.
-
-    Raises:
-        UserError: it can't be made or written to.
-    """
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{flag} {path} can't be made: {error.strerror}") from error
-    if not os.access(path, os.W_OK):
-        raise UserError(f"{flag} {path} can't be written to: choose another directory or change its permissions")
-    return Path(path)
 
 
 def quiet_libraries(progress_bars: bool) -> None:

@@ -25,26 +25,31 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from arguments import DataArguments, DFTArguments, ModelArguments
-from attention import choose_attention
-from batch_plan import BatchPlan, choose_batching
-from channels import Channels
-from chat_format import ChatFormat, load_chat_template
-from command_line import parse_args
-from console import print_lines, summary
-from data_cache import CACHE_DIRECTORY
-from data_page import write_page
-from data_report import report_table, show_row, write_report
-from data_utils import PreparedData, load_prepared, prepare_in_cache
+from data_utils import prepare_in_cache
+from dft.batching.attention import choose_attention
+from dft.batching.plan import BatchPlan, choose_batching
+from dft.chat.format import ChatFormat, load_chat_template
+from dft.config.arguments import DataArguments, DFTArguments, ModelArguments
+from dft.config.command_line import parse_args
+from dft.config.training import DFTTrainingArguments
+from dft.data.cache import CACHE_DIRECTORY
+from dft.data.channels import Channels
+from dft.data.page import write_page
+from dft.data.prepared import PreparedData, load_prepared
+from dft.data.report import report_table, show_row, write_report
+from dft.distributed import once_per_node
+from dft.errors import UserError
+from dft.files import make_directory
+from dft.model.tokenizer import load_tokenizer
+from dft.program import program
+from dft.tracking.console import print_lines, summary
+from dft.tracking.curves import Curves, holds_best, plot_curves
+from dft.tracking.model_card import write_card
+from dft.tracking.run_info import about_run, write_run
+from dft.tracking.trackers import check_trackers, guard_trackers, start_trackers
+from dft.tracking.train_log import TrainLog
 from dft_trainer import DFTTrainer
-from dist_logger import UserError, get_logger, make_directory, quiet_libraries, setup_logging
-from model_card import write_card
-from process_group import once_per_node, program
-from run_facts import about_run, write_run
-from tokenizer_loading import load_tokenizer
-from trackers import check_trackers, guard_trackers, start_trackers
-from tracking import Curves, TrainLog, holds_best, plot_curves
-from training_arguments import DFTTrainingArguments
+from dist_logger import get_logger, quiet_libraries, setup_logging
 
 logger = get_logger("train_dft")
 
@@ -360,6 +365,11 @@ def show_metrics(trainer: DFTTrainer, split: str, metrics: dict[str, float]) -> 
     trainer.log_metrics(split, {key: value for key, value in metrics.items() if "channel/" not in key})
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The command train-dft."""
     with program():
         main()
+
+
+if __name__ == "__main__":
+    command()

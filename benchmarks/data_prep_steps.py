@@ -13,14 +13,11 @@ import json
 import os
 import resource
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 MAX_LENGTH = 8192  # tokens; no row of the corpora is longer
 
@@ -81,7 +78,7 @@ def load_tokenizer(work: Path) -> tuple[Any, float]:
 
 def limit(work: Path, path: Path, num_proc: int, method: str = "encode_batch") -> dict[str, Any]:
     """The tokenizer alone: one call for all texts, rendered before."""
-    from data_files import read_rows
+    from dft.reading.files import read_rows
 
     tokenizer, _ = load_tokenizer(work)
     rows = [json.loads(row.text)["messages"] for row in read_rows(str(path))]
@@ -111,8 +108,8 @@ def cached(work: Path, path: Path, num_proc: int) -> dict[str, Any]:
 
 
 def _prepare(work: Path, path: Path, num_proc: int, cache: Path) -> dict[str, Any]:
-    from chat_format import ChatFormat
     from data_utils import prepare_data
+    from dft.chat.format import ChatFormat
 
     tokenizer, loading = load_tokenizer(work)
     start = time.perf_counter()

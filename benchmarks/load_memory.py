@@ -1,6 +1,6 @@
 """How much memory preparing a large file takes: one of JSON lines, and one that is a single JSON array.
 
-    pip install -r requirements-bench.txt
+    pip install -r pyproject.toml
     python benchmarks/load_memory.py            # files of 1 GB; writes benchmarks/results/load_memory.md and .json
     python benchmarks/load_memory.py --quick    # files of 40 MB, under 2 minutes, writes nothing
 
@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.chat_tokenizer import make_tokenizer, vocabulary_file
 from benchmarks.corpus import conversations
@@ -51,8 +49,8 @@ def prepare(path: Path, num_proc: int) -> None:
     """In the process that is looked at: says its memory before, prepares, says what it made."""
     from transformers import AutoTokenizer
 
-    from chat_format import ChatFormat
     from data_utils import prepare_data
+    from dft.chat.format import ChatFormat
 
     chat_format = ChatFormat(AutoTokenizer.from_pretrained(path.parent / "tokenizer"))
     before = psutil.Process().memory_info().rss
@@ -155,7 +153,7 @@ def main() -> None:
         prepare(args.prepare, args.num_proc[0])
         return
     if vocabulary_file() is None:
-        parser.error("the vocabulary of mistral-common is needed: pip install -r requirements-bench.txt")
+        parser.error("the vocabulary of mistral-common is needed: pip install -r pyproject.toml")
     size = (args.megabytes or (40 if args.quick else 1000)) * 1_000_000
     results = []
     for shape in SHAPES:

@@ -1,6 +1,6 @@
 """Time and memory of the DFT loss with its gradients, beside its peers and three bare matrix products.
 
-    pip install -r requirements-bench.txt
+    pip install -r pyproject.toml
     python benchmarks/loss_head.py                  # writes benchmarks/results/loss_head_cpu.md, .json and .png
     python benchmarks/loss_head.py --quick          # one small case, under 2 minutes on 2 cores, writes nothing
     python benchmarks/loss_head.py --device cuda    # 16 bits, large vocabularies; Liger too
@@ -15,8 +15,6 @@ import sys
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.measuring import MAX_OTHERS, RESULTS, facts, keep, markdown_table, run_measured, surroundings
 

@@ -10,7 +10,6 @@ it had before.
 import argparse
 import gc
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,10 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from dft_loss import TokenWeight
-from fused_loss import fused_dft_loss_sum
+from dft.loss.from_logits import TokenWeight
+from dft.loss.fused import fused_dft_loss_sum
 
 Way = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 

@@ -1,6 +1,6 @@
 """What metrics, records and curves cost, as a share of the step's time, beside TRL's SFTTrainer.
 
-    pip install -r requirements-bench.txt
+    pip install -r pyproject.toml
     python benchmarks/metrics_cost.py                # writes benchmarks/results/metrics_cost_cpu.md and .json
     python benchmarks/metrics_cost.py --quick        # under 2 minutes on 2 cores, writes nothing
     python benchmarks/metrics_cost.py --device cuda --size 0.6b --steps 40 --rows 16
@@ -18,8 +18,6 @@ import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 

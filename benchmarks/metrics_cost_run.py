@@ -9,7 +9,6 @@ on the same rows and logs a record.
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,20 +17,19 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 import torch
 from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
-from batching import PaddingCollator
 from benchmarks.train_step_run import SIZES, arguments_of, make_model, make_rows, make_tokenizer
-from console import ConsoleLog
+from dft.batching.collators import PaddingCollator
+from dft.config.training import DFTTrainingArguments
+from dft.metrics.token_sums import TokenSums
+from dft.metrics.training import TrainingMetrics
+from dft.tracking.console import ConsoleLog
+from dft.tracking.curves import plot_curves
+from dft.tracking.train_log import TrainLog
 from dft_trainer import DFTTrainer
-from token_sums import TokenSums
-from tracking import TrainLog, plot_curves
-from training_arguments import DFTTrainingArguments
-from training_metrics import TrainingMetrics
 
 SKIPPED = 2  # steps
 CHANNELS = 4

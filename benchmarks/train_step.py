@@ -1,6 +1,6 @@
 """Tokens a second of a whole training step, beside the original's recipe and TRL's SFTTrainer; and of packing alone.
 
-    pip install -r requirements-bench.txt
+    pip install -r pyproject.toml
     python benchmarks/train_step.py                           # writes benchmarks/results/train_step_cpu.md and .json
     python benchmarks/train_step.py --quick                   # under 2 minutes on 2 cores, writes nothing
     python benchmarks/train_step.py --device cuda --size 0.6b --steps 20 --rows_per_step 64
@@ -19,13 +19,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 import numpy as np
 
 from benchmarks.measuring import MAX_OTHERS, facts, keep, markdown_table, run_measured, surroundings
-from packing import best_fit_decreasing
-from throughput import PEAK_TFLOPS
+from dft.batching.packing import best_fit_decreasing
+from dft.metrics.throughput import PEAK_TFLOPS
 
 RUN = Path(__file__).parent / "train_step_run.py"
 PACKAGES = ("torch", "transformers", "accelerate", "trl", "datasets", "triton", "flash-attn")

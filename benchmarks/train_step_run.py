@@ -9,13 +9,9 @@ The first step isn't measured. tflops: see throughput.ModelFlops; the same work 
 import argparse
 import json
 import resource
-import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 import torch
@@ -30,8 +26,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from batching import document_lengths
-from throughput import ModelFlops
+from dft.batching.collators import document_lengths
+from dft.metrics.throughput import ModelFlops
 
 MAX_LENGTH = 1024
 SUPERVISED = 0.4  # of a row's tokens
@@ -132,10 +128,10 @@ def arguments_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def ours(args: argparse.Namespace, rows: list[dict[str, list[int]]]) -> Trainer:
-    from attention import choose_attention
-    from batch_plan import BatchPlan
+    from dft.batching.attention import choose_attention
+    from dft.batching.plan import BatchPlan
+    from dft.config.training import DFTTrainingArguments
     from dft_trainer import DFTTrainer
-    from training_arguments import DFTTrainingArguments
 
     batching, _, option = args.way.removeprefix("ours_").partition("-")
     attention = choose_attention("auto", Qwen3Config(), is_16_bit=args.device == "cuda")
@@ -192,8 +188,8 @@ def trl(args: argparse.Namespace, rows: list[dict[str, list[int]]]) -> Trainer:
 
 def make_tokenizer():
     """Any: the rows are tokens already."""
-    from scripts.make_example_data import facts_en
-    from scripts.make_tiny_model import make_tokenizer, strings
+    from examples.make_example_data import facts_en
+    from examples.make_tiny_model import make_tokenizer, strings
 
     return make_tokenizer(strings(facts_en()[:40]), vocab_size=600)
 

@@ -1,21 +1,16 @@
 """Starting the processes of a run, with or without a GPU, and work that one process does for its node."""
 
-import atexit
 import os
 import socket
-import sys
-import threading
-import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from datetime import timedelta
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
-from dist_logger import UserError, rank_and_world_size
+from dft.errors import UserError
 
 T = TypeVar("T")
 USER_ERROR_STATUS = 2
@@ -23,41 +18,6 @@ SECONDS_TO_SAY_IT = 30.0  # that rank 0 may be behind the others
 
 # Preparing data may take hours on one process; the others must not give up
 PATIENCE = timedelta(days=7)
-
-
-@contextmanager
-def program():
-    """Around a whole program: leaves the process group at its end, and makes a UserError its one message.
-
-    A UserError ends the program with status 2 and is printed on stderr by rank 0. Other ranks wait for that: a
-    launcher ends all of them when one has ended, so that the first to end must be the one that says why. Only
-    where nobody ends them do they say it themselves. Other exceptions pass.
-    The process ends here: nothing that follows is run.
-    """
-    status = 0
-    try:
-        yield
-    except UserError as error:
-        if rank_and_world_size()[0] > 0:
-            time.sleep(SECONDS_TO_SAY_IT)
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        status = USER_ERROR_STATUS
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    end_process(status)
-
-
-def end_process(status: int) -> NoReturn:
-    """Ends the process as the interpreter would, but for taking itself apart.
-
-    A thread of a library (gloo's, autograd's) that asks for the interpreter's lock while it is taken
-    apart aborts the process: now and then, a run that has done all its work would end as failed.
-    """
-    threading._shutdown()  # waits for threads, as at any end
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 def has_accelerator() -> bool:

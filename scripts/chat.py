@@ -23,11 +23,10 @@ import torch
 from transformers import logging
 from transformers.generation.streamers import BaseStreamer
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from dist_logger import UserError
-from process_group import program
-from scripts.trained_model import DTYPES, TrainedModel, find_device, load_trained
-from template_turns import TEMPLATE_ERRORS
+from dft.chat.turn_finder import TEMPLATE_ERRORS
+from dft.errors import UserError
+from dft.model.trained import DTYPES, TrainedModel, find_device, load_trained
+from dft.program import program
 
 HELP = "/reset forgets the conversation, /exit or an empty line ends it, Ctrl-C ends an answer."
 INTERRUPTED_STATUS = 130

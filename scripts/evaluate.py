@@ -11,27 +11,27 @@ import argparse
 import json
 import math
 import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from arguments import DataArguments, DFTArguments
-from batching import PaddingCollator
-from channels import Channels
-from chat_format import ChatFormat
-from data_formats import FORMATS
-from data_report import aligned
-from data_utils import PreparedData
+from dft.batching.collators import PaddingCollator
+from dft.chat.format import ChatFormat
+from dft.config.arguments import DataArguments, DFTArguments
+from dft.config.training import DFTTrainingArguments
+from dft.data.channels import Channels
+from dft.data.prepared import PreparedData
+from dft.data.rejection_log import DataValidation
+from dft.data.report import aligned
+from dft.distributed import has_accelerator
+from dft.errors import UserError
+from dft.model.trained import DTYPES, TrainedModel, load_trained
+from dft.program import program
+from dft.reading.formats import FORMATS
+from dft.tracking.run_info import read_run
 from dft_trainer import DFTTrainer
-from dist_logger import UserError, quiet_libraries, setup_logging
-from process_group import has_accelerator, program
-from rejected_rows import DataValidation
-from run_facts import read_run
-from scripts.trained_model import DTYPES, TrainedModel, load_trained
+from dist_logger import quiet_libraries, setup_logging
 from train_dft import loss_settings, prepare_rows
-from training_arguments import DFTTrainingArguments
 
 T = TypeVar("T")
 COLUMNS = {"CE": "ce_loss", "perplexity": "perplexity", "p_correct": "avg_p_correct", "accuracy": "acc"}

@@ -10,17 +10,15 @@ tokens that end an answer. A README.md beside the model is copied.
 import argparse
 import re
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from transformers import logging
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from dist_logger import UserError
-from process_group import program
-from scripts.trained_model import DTYPES, TrainedModel, load_trained
+from dft.errors import UserError
+from dft.model.trained import DTYPES, TrainedModel, load_trained
+from dft.program import program
 
 
 def main(argv: list[str] | None = None) -> None:

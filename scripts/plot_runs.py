@@ -11,14 +11,12 @@ about one another.
 import argparse
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from dist_logger import UserError
-from process_group import program
-from tracking import PANELS, series
+from dft.errors import UserError
+from dft.program import program
+from dft.tracking.curves import PANELS, series
 
 COMPARED = ("Cross-entropy (nats per token)", "Probability of the correct token")
 KEYS = [key for title in COMPARED for key in PANELS[title].values()]

@@ -16,7 +16,7 @@ export DS_ACCELERATOR="${DS_ACCELERATOR:-$(python -c 'import torch; print("cuda"
 
 echo
 echo "== 1/3  The base model: made from scratch, then trained with plain cross-entropy"
-python scripts/make_tiny_model.py "$OUT/random" --data examples/data
+python examples/make_tiny_model.py "$OUT/random" --data examples/data
 LAUNCHER=python NPROC=1 LOG_DIR="$OUT/logs" bash scripts/train.sh \
     --config examples/base.yaml --model_name_or_path "$OUT/random" --output_dir "$OUT/base"
 

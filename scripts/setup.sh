@@ -1,10 +1,10 @@
 # Sourced by the other scripts: makes .venv with the pinned packages, once, and activates it.
 #     PYTHON=python3.12       the interpreter to make it with (at least 3.11)
 #     VENV=/path/to/venv      another place for it
-#     REQUIREMENTS=file       what to install
+#     EXTRAS=dev              extras of pyproject.toml to install too
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VENV="${VENV:-.venv}"
-REQUIREMENTS="${REQUIREMENTS:-requirements.txt}"
+EXTRAS="${EXTRAS:-}"
 
 fail() {
     echo "error: $*" >&2
@@ -28,12 +28,12 @@ command -v c++ > /dev/null || command -v g++ > /dev/null ||
 # DeepSpeed's operators are built here, apart from other projects' builds
 export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$PWD/.torch_extensions}"
 
-# one stamp for each set of requirements, named by the content of the files that decide what is installed
-stamp="$VENV/.installed-$(cat requirements*.txt constraints.txt "$REQUIREMENTS" | cksum | cut -d ' ' -f 1)"
+# one stamp for each set of packages, named by the content of the files that decide what is installed
+stamp="$VENV/.installed-$(cat requirements.txt constraints.txt pyproject.toml - <<< "$EXTRAS" | cksum | cut -d ' ' -f 1)"
 if [[ ! -e "$stamp" ]]; then
-    echo "Installing the packages of $REQUIREMENTS into $VENV (some minutes, once)"
-    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r "$REQUIREMENTS" -c constraints.txt ||
-        fail "pip could not install $REQUIREMENTS"
+    echo "Installing the project and its packages into $VENV (some minutes, once)"
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -e ".${EXTRAS:+[$EXTRAS]}" -c constraints.txt ||
+        fail "pip could not install the packages"
     touch "$stamp"
 fi
 # shellcheck disable=SC1091

@@ -1,11 +1,9 @@
-"""What the tests share: a small model made on the spot, templates, and a way to launch the program."""
+"""Fixtures of all tests: a small model made on the spot, data, and a way to launch the program."""
 
 import inspect
-import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,16 +20,14 @@ DATASETS_CACHE = tempfile.mkdtemp(prefix="dft-tests-")  # tokenised data of the 
 os.environ["HF_DATASETS_CACHE"] = DATASETS_CACHE
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-ROOT = Path(__file__).parent.parent
-os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".torch_extensions"))
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(__file__).parent.parent / ".torch_extensions"))
 
-import torch  # noqa: E402
-from datasets import Dataset  # noqa: E402
 from transformers import DataCollatorForSeq2Seq, TrainingArguments  # noqa: E402
 
 from dft_trainer import DFTTrainer  # noqa: E402
-from scripts.make_example_data import dialogues_zh, facts_en, reasoning_en, tools_en  # noqa: E402
-from scripts.make_tiny_model import make_model, make_tokenizer, strings  # noqa: E402
+from examples.make_example_data import dialogues_zh, facts_en, reasoning_en, tools_en  # noqa: E402
+from examples.make_tiny_model import make_model, make_tokenizer, strings  # noqa: E402
+from tests.helpers import rows, run, write_jsonl  # noqa: E402
 
 
 def pytest_unconfigure() -> None:
@@ -43,48 +39,6 @@ def environment() -> Iterator[None]:
     """What the program sets for libraries, or a test for the program, doesn't outlive the test."""
     with mock.patch.dict(os.environ):
         yield
-
-
-# A ChatML template without generation tags, of the kind of Qwen2.5's: a default system prompt, tools, tool results
-# inside a user turn
-CHATML_TEMPLATE = """\
-{%- if messages[0].role != 'system' %}{{- '<|im_start|>system\\nYou are helpful.<|im_end|>\\n' }}{%- endif %}
-{%- for message in messages %}
-    {%- if message.role == 'tool' %}
-        {{- '<|im_start|>user\\n<tool_response>\\n' + message.content + '\\n</tool_response><|im_end|>\\n' }}
-    {%- else %}
-        {{- '<|im_start|>' + message.role + '\\n' + message.content }}
-        {%- for call in message.tool_calls or [] %}
-            {{- '<tool_call>\\n' + (call.function | tojson) + '\\n</tool_call>' }}
-        {%- endfor %}
-        {{- '<|im_end|>\\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
-"""
-
-# Of the kind of Qwen3's: thinking is kept in the turns after the last question and dropped before it
-THINKING_TEMPLATE = """\
-{%- set ns = namespace(last=0) %}
-{%- for message in messages %}{%- if message.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}
-{%- for message in messages %}
-    {%- if message.role == 'assistant' %}
-        {%- set thought = message.reasoning_content or '' %}
-        {%- set content = message.content %}
-        {%- if '</think>' in content %}
-            {%- set thought = content.split('</think>')[0].split('<think>')[-1].strip('\\n') %}
-            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
-        {%- endif %}
-        {%- if loop.index0 > ns.last %}
-            {{- '<|im_start|>assistant\\n<think>\\n' + thought + '\\n</think>\\n\\n' + content + '<|im_end|>\\n' }}
-        {%- else %}
-            {{- '<|im_start|>assistant\\n' + content + '<|im_end|>\\n' }}
-        {%- endif %}
-    {%- else %}
-        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
-    {%- endif %}
-{%- endfor %}
-"""
 
 
 @pytest.fixture
@@ -113,24 +67,6 @@ def chat_file(tmp_path_factory) -> Path:
     return path
 
 
-def write_jsonl(path: Path, rows: list) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def run(command: list, *, timeout: int = 300, **env: str) -> subprocess.CompletedProcess:
-    """Runs a command in the project's directory; the output holds stdout and stderr together."""
-    return subprocess.run(
-        [str(word) for word in command],
-        cwd=ROOT,
-        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **env},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout,
-    )
-
-
 @pytest.fixture
 def train(tiny_model, chat_file, tmp_path) -> Callable[..., subprocess.CompletedProcess]:
     """Runs scripts/train.sh on the tiny model and the chat file, two steps in float32 unless told otherwise."""
@@ -147,21 +83,6 @@ def train(tiny_model, chat_file, tmp_path) -> Callable[..., subprocess.Completed
         return result
 
     return start
-
-
-def read_log(output_dir: Path) -> list[dict]:
-    """The records of train_log.jsonl."""
-    return [json.loads(line) for line in (output_dir / "train_log.jsonl").read_text().splitlines()]
-
-
-def rows(count: int, seed: int = 0) -> Dataset:
-    """Rows of 4 to 40 tokens, of which the last half is supervised."""
-    generator = torch.Generator().manual_seed(seed)
-    data = []
-    for i in range(count):
-        ids = torch.randint(3, 300, (4 + 6 * (i % 7),), generator=generator).tolist()
-        data.append({"input_ids": ids, "labels": [-100] * (len(ids) // 2) + ids[len(ids) // 2 :]})
-    return Dataset.from_list(data)
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, read_log, run
 
-from command_line import known_options
+from dft.config.command_line import known_options
+from tests.helpers import ROOT, read_log, run
 
 READMES = ["README.md", "README.zh.md"]
 OTHERS = [
@@ -19,7 +19,7 @@ OTHERS = [
     "docs/data.md",
     "docs/loss.md",
     "ds_config/README.md",
-    "eval/README.md",
+    "examples/eval/README.md",
 ]
 MADE_BY_A_RUN = {  # named in the documents, made when the program runs
     "data_report.json", "rejected.jsonl", "training_curves.png", "train_log.jsonl", "all_results.json",

@@ -1,4 +1,4 @@
-"""The tasks of eval/: what they name exists, answers were taught, and lm-evaluation-harness runs them offline."""
+"""The tasks of examples/eval: what they name exists, answers were taught, and lm-evaluation-harness runs them."""
 
 import importlib.util
 import json
@@ -7,11 +7,11 @@ import sys
 
 import pytest
 import yaml
-from conftest import ROOT, run
 
 from scripts import export
+from tests.helpers import ROOT, run
 
-EVAL = ROOT / "eval"
+EVAL = ROOT / "examples" / "eval"
 TASKS = sorted(path.stem for path in EVAL.glob("*.yaml"))
 METRICS = {
     "facts_choice": "acc,none",
@@ -90,12 +90,12 @@ def test_requirements_agree_with_the_constraints():
 
 
 def harness() -> list[str]:
-    """How lm-evaluation-harness is started: from this environment, or from the one that eval/README.md makes."""
+    """The command of lm-evaluation-harness: of this environment, or of the one that examples/eval/README.md makes."""
     own = ROOT / ".venv-eval" / "bin" / "lm_eval"
     if importlib.util.find_spec("lm_eval") is not None:
         return [sys.executable, "-m", "lm_eval"]
     if not own.exists():
-        pytest.skip("lm-eval is not installed, see eval/README.md")
+        pytest.skip("lm-eval is not installed, see examples/eval/README.md")
     return [str(own)]
 
 
@@ -104,7 +104,7 @@ def test_the_harness_runs_the_tasks_offline(tiny_model, tmp_path):
     command = harness()
     export.main([str(tiny_model), "--output", str(tmp_path / "model")])  # which gives it a chat template
     flags = ["--model", "hf", "--model_args", f"pretrained={tmp_path / 'model'}", "--tasks", ",".join(TASKS)]
-    flags += ["--include_path", "eval", "--apply_chat_template", "--batch_size", "4", "--limit", "8"]
+    flags += ["--include_path", "examples/eval", "--apply_chat_template", "--batch_size", "4", "--limit", "8"]
     result = run([*command, *flags, "--output_path", tmp_path / "out", "--log_samples"])
     assert result.returncode == 0, result.stdout[-5000:]
     scores = json.loads(next((tmp_path / "out").rglob("results_*.json")).read_text())["results"]

@@ -4,15 +4,16 @@ import logging
 import sys
 
 import pytest
-from conftest import run
 
-from dist_logger import ROOT_NAME, UserError, get_logger, setup_logging
+from dft.errors import UserError
+from dist_logger import ROOT_NAME, get_logger, setup_logging
+from tests.helpers import run
 
 WORKER = """
 import sys
 from accelerate import PartialState
 from dist_logger import get_logger, setup_logging
-from process_group import program
+from dft.program import program
 with program():
     setup_logging(sys.argv[1], only_rank_0=sys.argv[2] == "True")
     logger = get_logger("early")
@@ -82,8 +83,8 @@ def test_a_program_ends_with_its_exit_handlers_threads_and_status(tmp_path, body
     script = tmp_path / "script.py"
     script.write_text(
         "import atexit, sys, threading, time\n"
-        "from dist_logger import UserError\n"
-        "from process_group import program\n"
+        "from dft.errors import UserError\n"
+        "from dft.program import program\n"
         "atexit.register(lambda: sys.stdout.write('handler '))\n"
         "threading.Thread(target=lambda: (time.sleep(0.2), sys.stdout.write('thread '))).start()\n"
         f"with program():\n    {body}\n"

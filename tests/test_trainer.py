@@ -5,13 +5,13 @@ import math
 
 import pytest
 import torch
-from conftest import ROOT, rows
-from recomputation import recomputed
 from transformers import DataCollatorForSeq2Seq
 
-from batching import PaddingCollator
-from epoch_order import FilledRows
-from scripts.make_tiny_model import make_model
+from dft.batching.collators import PaddingCollator
+from dft.batching.sampler import FilledRows
+from examples.make_tiny_model import make_model
+from tests.helpers import ROOT, rows
+from tests.metrics.recomputation import recomputed
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])

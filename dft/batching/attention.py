@@ -1,14 +1,16 @@
 """Which attention implementation a model is loaded with, and whether its documents may share a row."""
 
+import logging
+
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
-from dist_logger import UserError, get_logger
-from throughput import head_sizes
-from varlen_attention import KERNEL_HEAD_DIM, VARLEN, kernel_takes, register
+from dft.batching.varlen_attention import KERNEL_HEAD_DIM, VARLEN, kernel_takes, register
+from dft.errors import UserError
+from dft.model.shapes import head_sizes
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 FLASH = "flash_attention_2"
 OWN_MASKS = ("doge", "phimoe", "qwen2_moe")  # model types whose masks know windows that their attention doesn't

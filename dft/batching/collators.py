@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import DataCollatorForSeq2Seq
 
-from dft_loss import IGNORE_INDEX
-from packing import DOCUMENTS, PADDED_TO
+from dft.batching.packing import DOCUMENTS, PADDED_TO
+from dft.labels import IGNORE_INDEX
 
 
 def documents(items: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from batching import border_arguments
-from dist_logger import UserError
+from dft.batching.collators import border_arguments
+from dft.errors import UserError
 
 LENGTH = 8  # tokens of each document of the check
 LEAK = 0.1  # share of what would be seen if the documents were one

@@ -1,5 +1,6 @@
 """The batches of a run: padded, padding-free or packed, counted in rows or in tokens."""
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -8,13 +9,13 @@ import numpy as np
 from torch.utils.data import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from attention import documents_leak, grows_with_square
-from batching import FlatteningCollator, PaddingCollator
-from dist_logger import UserError, get_logger
-from epoch_order import EpochOrder
-from packing import PackedRows, best_fit_decreasing, next_fit, next_fit_padded, padded_tokens
+from dft.batching.attention import documents_leak, grows_with_square
+from dft.batching.collators import FlatteningCollator, PaddingCollator
+from dft.batching.packing import PackedRows, best_fit_decreasing, next_fit, next_fit_padded, padded_tokens
+from dft.batching.sampler import EpochOrder
+from dft.errors import UserError
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 SHUFFLES = 4  # of which padding_waste is the mean
 Batching = Literal["padded", "padding_free", "packed"]

@@ -8,8 +8,8 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler
 from transformers import TrainerCallback
 
-from batching import documents
-from dft_loss import IGNORE_INDEX
+from dft.batching.collators import documents
+from dft.labels import IGNORE_INDEX
 
 
 class FilledRows(Dataset):

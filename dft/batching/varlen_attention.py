@@ -16,7 +16,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward, use_gqa_in_sdpa
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from batching import borders_of_positions
+from dft.batching.collators import borders_of_positions
 
 VARLEN = "varlen"
 KERNEL_HEAD_DIM = 256  # the most that the kernels take

@@ -5,7 +5,7 @@ from typing import Literal
 
 import numpy as np
 
-from dft_loss import IGNORE_INDEX
+from dft.labels import IGNORE_INDEX
 
 
 class RowRejected(Exception):

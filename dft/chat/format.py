@@ -15,6 +15,7 @@ private-use characters before rendering, so they can be neither a turn's border 
 """
 
 import json
+import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -26,16 +27,16 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from data_formats import function_of
-from dft_loss import IGNORE_INDEX
-from dist_logger import UserError, get_logger
-from render_check import not_rendered, verify
-from strict_json import MalformedRow, decode
-from template_turns import TEMPLATE_ERRORS, Span, TurnFinder, TurnNotFound
-from text_encoder import MARK_END, MARK_START, TextEncoder, one_of
-from training_row import Example, RowRejected
+from dft.chat.example import Example, RowRejected
+from dft.chat.text_encoder import MARK_END, MARK_START, TextEncoder, one_of
+from dft.chat.turn_finder import TEMPLATE_ERRORS, Span, TurnFinder, TurnNotFound
+from dft.chat.verification import not_rendered, verify
+from dft.errors import UserError
+from dft.labels import IGNORE_INDEX
+from dft.reading.formats import function_of
+from dft.reading.strict_json import MalformedRow, decode
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 CHATML_TURN = re.compile(rf"<\|im_start\|>assistant\n(.*?(?<!{MARK_START})<\|im_end\|>)", re.DOTALL)

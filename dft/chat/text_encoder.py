@@ -17,8 +17,8 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from word_cuts import can_cut_at_blanks
-from word_encoder import WordEncoder, encode_batch
+from dft.chat.word_encoder import WordEncoder, encode_batch
+from dft.chat.word_splits import can_cut_at_blanks
 
 MARK_START, MARK_END = "\ue0f0", "\ue0f1"  # private-use characters
 MARKS = re.compile(f"[{MARK_START}{MARK_END}]")

@@ -3,11 +3,11 @@
 import json
 from typing import Any
 
-from data_formats import function_of
-from strict_json import MalformedRow, decode
-from template_turns import Span
-from text_encoder import MARKS
-from training_row import RowRejected
+from dft.chat.example import RowRejected
+from dft.chat.text_encoder import MARKS
+from dft.chat.turn_finder import Span
+from dft.reading.formats import function_of
+from dft.reading.strict_json import MalformedRow, decode
 
 
 def verify(text: str, spans: list[Span], messages: list[dict]) -> None:

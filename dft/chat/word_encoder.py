@@ -6,7 +6,7 @@ from array import array
 import numpy as np
 from tokenizers import Tokenizer
 
-from word_cuts import pieces
+from dft.chat.word_splits import pieces
 
 MAX_KEPT = 500_000  # words
 MAX_CHARACTERS = 32  # longer words are not kept

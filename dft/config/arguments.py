@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from channels import MAX_CHANNELS, Channels
-from data_formats import FORMATS, ROLES
-from dist_logger import UserError
-from fused_loss import CHUNK_MB
-from rejected_rows import DataValidation
+from dft.data.channels import MAX_CHANNELS, Channels
+from dft.data.rejection_log import DataValidation
+from dft.errors import UserError
+from dft.loss.fused import CHUNK_MB
+from dft.reading.formats import FORMATS, ROLES
 
 
 def option(help: str, default: Any = None, aliases: tuple[str, ...] = ()) -> Any:

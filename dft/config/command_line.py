@@ -10,10 +10,10 @@ from typing import Any, get_origin
 import yaml
 from transformers import HfArgumentParser
 
-from arguments import DataArguments, DFTArguments, LoggingArguments, ModelArguments, did_you_mean
-from dist_logger import UserError
-from packing import round_up
-from training_arguments import DFTTrainingArguments
+from dft.batching.packing import round_up
+from dft.config.arguments import DataArguments, DFTArguments, LoggingArguments, ModelArguments, did_you_mean
+from dft.config.training import DFTTrainingArguments
+from dft.errors import UserError
 
 
 class HelpFormatter(argparse.HelpFormatter):

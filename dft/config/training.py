@@ -1,6 +1,7 @@
 """The training flags: those of transformers, those of its older versions, and how batches are made."""
 
 import json
+import logging
 import os
 import sys
 from dataclasses import dataclass, field
@@ -12,11 +13,11 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import is_liger_kernel_available
 
-from arguments import did_you_mean, option
-from dist_logger import UserError, get_logger
-from process_group import has_accelerator, join_for_deepspeed
+from dft.config.arguments import did_you_mean, option
+from dft.distributed import has_accelerator, join_for_deepspeed
+from dft.errors import UserError
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 EVALUATION_METRICS = ("acc", "ce_loss", "perplexity", "avg_p_correct", "loss")
 
 

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -16,43 +17,27 @@ from datasets.config import HF_DATASETS_CACHE
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
-from dist_logger import UserError, get_logger
+from dft.errors import UserError
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 CACHE_DIRECTORY = Path(HF_DATASETS_CACHE) / "dft"
 
-# what decides how text becomes tokens and labels, besides the settings
-CODE = (
-    "chat_format.py",
-    "data_files.py",
-    "data_formats.py",
-    "data_pipeline.py",
-    "data_report.py",
-    "data_selection.py",
-    "data_utils.py",
-    "rejected_rows.py",
-    "render_check.py",
-    "strict_json.py",
-    "template_turns.py",
-    "text_encoder.py",
-    "training_row.py",
-    "word_cuts.py",
-    "word_encoder.py",
-)
+# the code that decides how text becomes tokens and labels
+ROOMS = ("reading", "chat", "data")
 PACKAGES = ("transformers", "tokenizers", "jinja2", "pyarrow", "datasets")
 
 
 def data_key(paths: Iterable[str], tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]) -> str:
     """32 hexadecimal digits for the content of the files, the tokenizer and its template, the settings, the code."""
-    here = Path(__file__).parent
+    code = sorted(path for room in ROOMS for path in (Path(__file__).parents[1] / room).glob("*.py"))
     digest = hashlib.sha256()
     for part in (
         json.dumps(settings, sort_keys=True),
         tokenizer.backend_tokenizer.to_str(),
         json.dumps([tokenizer.chat_template, tokenizer.special_tokens_map], default=str),
         *(f"{name} {version(name)}" for name in PACKAGES),
-        *((here / name).read_text(encoding="utf-8") for name in CODE),
+        *(path.read_text(encoding="utf-8") for path in code),
         *(f"{path} {_content(path)}" for path in paths),
         str(date.today()) if "strftime_now" in (tokenizer.chat_template or "") else "",
     ):

@@ -1,5 +1,6 @@
 """Where rows come from, for metrics of each source: the data file, or what a row's own field `channel` says."""
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,9 +8,9 @@ from typing import Literal
 
 import numpy as np
 
-from dist_logger import UserError, get_logger
+from dft.errors import UserError
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 Channels = Literal["auto", "file", "field", "none"]
 MAX_CHANNELS = 50  # that auto gives metrics of their own: a chart for each is still looked at

@@ -7,8 +7,8 @@ from string import Template
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from data_report import report_cells, report_notes, runs
-from data_utils import PreparedData
+from dft.data.prepared import PreparedData
+from dft.data.report import report_cells, report_notes, runs
 
 BARS = 40
 WIDTH, HEIGHT, FOOT = 720, 160, 20  # of the histogram, in pixels

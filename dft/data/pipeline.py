@@ -11,14 +11,14 @@ import pyarrow
 from datasets import Features, List, Value
 from tqdm.auto import tqdm
 
-from chat_format import ChatFormat
-from data_files import DataFile, RawRow, read_rows
-from data_formats import Conversation, Rejected, RowReader
-from data_selection import Catalogue, digests
-from dist_logger import UserError
-from rejected_rows import RejectedRows
-from training_row import Example, RowRejected, truncate
-from worker_pool import WorkerPool
+from dft.chat.example import Example, RowRejected, truncate
+from dft.chat.format import ChatFormat
+from dft.data.rejection_log import RejectedRows
+from dft.data.selection import Catalogue, digests
+from dft.data.worker_pool import WorkerPool
+from dft.errors import UserError
+from dft.reading.files import DataFile, RawRow, read_rows
+from dft.reading.formats import Conversation, Rejected, RowReader
 
 ROWS_PER_TASK = 256
 CHARACTERS_PER_TASK = 1 << 21

@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal, TextIO
 
-from data_formats import Rejected
-from dist_logger import UserError
+from dft.errors import UserError
+from dft.reading.formats import Rejected
 
 DataValidation = Literal["standard", "strict", "lenient"]
 SHOWN_ERRORS = 20

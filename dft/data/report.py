@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dft_loss import IGNORE_INDEX
+from dft.labels import IGNORE_INDEX
 
 PERCENTILES = {"min": 0, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "p99": 99, "max": 100}
 GREEN, GREY, PLAIN = "\033[32m", "\033[90m", "\033[0m"

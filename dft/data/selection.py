@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from data_files import DataFile
-from data_formats import Conversation
-from dist_logger import UserError
+from dft.errors import UserError
+from dft.reading.files import DataFile
+from dft.reading.formats import Conversation
 
 MARKS_OF_TRAINING = ("weight", "train")  # keys of a message that don't make its prompt another one
 

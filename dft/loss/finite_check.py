@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from batching import document_lengths
-from packing import PackedRows
+from dft.batching.collators import document_lengths
+from dft.batching.packing import PackedRows
 
 MAX_NAMED = 20  # rows
 

@@ -20,7 +20,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-IGNORE_INDEX = -100
+from dft.labels import IGNORE_INDEX
+
 ENTROPY_ROWS = 64  # whose terms are held at once
 Normalization = Literal["token", "turn"]
 

@@ -18,7 +18,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from dft_loss import TokenStatistics, TokenWeight, entropy_of, supervised_rows, token_statistics, weighted_sum
+from dft.loss.from_logits import (
+    TokenStatistics,
+    TokenWeight,
+    entropy_of,
+    supervised_rows,
+    token_statistics,
+    weighted_sum,
+)
 
 # Of float32 logits, by default. cpu: measured by benchmarks/loss_head.py, larger chunks save little time. cuda: by
 # arithmetic, some 1,700 rows of a vocabulary of 150,000, so that products of matrices outweigh adding them up.

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from dft_loss import TokenStatistics, TokenWeight
-from dist_logger import UserError
-from fused_loss import LogitTransform, chunked_dft_loss_sum, fused_dft_loss_sum
+from dft.errors import UserError
+from dft.loss.from_logits import TokenStatistics, TokenWeight
+from dft.loss.fused import LogitTransform, chunked_dft_loss_sum, fused_dft_loss_sum
 
 
 class UnsupportedHead(UserError, ValueError):

@@ -1,15 +1,16 @@
 """How fast a run is against what its GPU could do: floating-point operations, peaks, memory."""
 
+import logging
 import re
 import resource
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from dist_logger import get_logger
+from dft.model.shapes import head_sizes
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 # TFLOP/s of dense 16-bit matrix products with 32-bit sums, from the makers' datasheets, by words of the device's name
 # (the first whose words are all there counts)
@@ -91,14 +92,6 @@ _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 def _is_of_experts(name: str, parameter: nn.Parameter, experts: int) -> bool:
     shape = _shape(parameter)
     return ".experts." in name or (len(shape) == 3 and shape[0] == experts)
-
-
-def head_sizes(config: PretrainedConfig) -> tuple[int, int]:
-    """Dimensions of a head's keys, and of its values."""
-    if getattr(config, "qk_nope_head_dim", None):  # DeepSeek's latent attention
-        return config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return size, size
 
 
 def _shape(parameter: nn.Parameter) -> torch.Size:

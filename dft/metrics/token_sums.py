@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from dft_loss import TokenStatistics
+from dft.loss.from_logits import TokenStatistics
 
 UNLIKELY, SURE = 0.01, 0.99  # p_correct, and w, that a token's learning can be told by
 

@@ -1,5 +1,6 @@
 """What a training record says: the sums since the last one, the clock, and the totals of a run."""
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -7,11 +8,10 @@ from contextlib import contextmanager
 import torch
 from transformers import TrainerCallback
 
-from dist_logger import get_logger
-from throughput import ModelFlops, peak_memory_gib
-from token_sums import UNLIKELY, TokenSums, averages, channel_averages, health
+from dft.metrics.throughput import ModelFlops, peak_memory_gib
+from dft.metrics.token_sums import UNLIKELY, TokenSums, averages, channel_averages, health
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class LastRecord(TrainerCallback):

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dist_logger import UserError
+from dft.errors import UserError
 
 # what libraries raise for files that are missing, broken, or of something else
 ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError)

@@ -1,6 +1,5 @@
 """Loads what a training left, onto a device: a whole model, a checkpoint, or an adapter with its base model."""
 
-import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +8,10 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from chat_format import ChatFormat
-from dist_logger import UserError
-from tokenizer_loading import ERRORS, load_tokenizer
-from training_row import RowRejected
+from dft.chat.example import RowRejected
+from dft.chat.format import ChatFormat
+from dft.errors import UserError
+from dft.model.tokenizer import ERRORS, load_tokenizer
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOADING_ERRORS = (*ERRORS, RuntimeError, SafetensorError)

@@ -9,6 +9,7 @@ import glob
 import gzip
 import io
 import json
+import logging
 import re
 import zlib
 from collections.abc import Iterator
@@ -19,10 +20,10 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from dist_logger import UserError, get_logger
-from strict_json import json_problem
+from dft.errors import UserError
+from dft.reading.strict_json import json_problem
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
 COMPRESSED = (".gz", ".zst")  # .json and .jsonl alone

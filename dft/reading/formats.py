@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from data_files import RawRow, read_rows
-from strict_json import MalformedRow, RepeatedKey, decode, kind, refuse_odd_values
+from dft.reading.files import RawRow, read_rows
+from dft.reading.strict_json import MalformedRow, RepeatedKey, decode, kind, refuse_odd_values
 
 FORMATS = ("messages", "sharegpt", "alpaca", "prompt_completion")
 COLUMNS = {  # that a format is known by

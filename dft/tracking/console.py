@@ -8,7 +8,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from tracking import holds_best, series
+from dft.tracking.curves import holds_best, series
 
 FIELDS = {  # of a record: its key, what it is called, and how it is written
     "loss": ("loss", ".4f"),

@@ -1,15 +1,15 @@
 """The model card: what a model was made from, on what data, how, with what results, and its limits."""
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerState, TrainingArguments
 
-from dist_logger import get_logger
-from tracking import holds_best, series
+from dft.tracking.curves import holds_best, series
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 EVALUATION_LIMIT = (
     "Evaluation, if there was any, is of chat rows, token by token. It says nothing about how well answers serve a "

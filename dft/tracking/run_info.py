@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from dist_logger import UserError
+from dft.errors import UserError
 
 
 def about_run(

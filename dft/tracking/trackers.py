@@ -1,6 +1,7 @@
 """SwanLab, WandB, TensorBoard: checked before anything is loaded, started with what a run is, unable to end it."""
 
 import json
+import logging
 import os
 import re
 import shlex
@@ -14,9 +15,10 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, default_logdir
 
-from dist_logger import UserError, get_logger, make_directory
+from dft.errors import UserError
+from dft.files import make_directory
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 # the modes of each, and the variable that chooses one
 MODES = {

@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard, prepare_data_loader, skip_first_batches
-from conftest import rows
 from datasets import Dataset
 from torch.utils.data import BatchSampler, DataLoader
 from transformers import AutoModelForCausalLM, FalconMambaConfig, GPT2Config, TrainerState
 
-from batch_plan import BatchPlan
-from batching import FlatteningCollator, PaddingCollator
-from epoch_order import EpochOrder, FilledRows, TellEpoch, token_lengths
-from leak_check import LeakingDocuments
-from packing import PackedRows, best_fit_decreasing
-from scripts.make_tiny_model import make_model
-from throughput import ModelFlops, peak_tflops_of
-from varlen_attention import register
+from dft.batching.collators import FlatteningCollator, PaddingCollator
+from dft.batching.leak_check import LeakingDocuments
+from dft.batching.packing import PackedRows, best_fit_decreasing
+from dft.batching.plan import BatchPlan
+from dft.batching.sampler import EpochOrder, FilledRows, TellEpoch, token_lengths
+from dft.batching.varlen_attention import register
+from dft.metrics.throughput import ModelFlops, peak_tflops_of
+from examples.make_tiny_model import make_model
+from tests.helpers import rows
 
 register()
 LEARNING_RATE = 64.0
@@ -376,7 +376,7 @@ def test_a_model_whose_operations_are_not_known_trains_without_mfu(make_trainer,
     def fail(_):
         raise RuntimeError("head_dim differs by layer")
 
-    monkeypatch.setattr("throughput.ModelFlops", fail)
+    monkeypatch.setattr("dft.metrics.throughput.ModelFlops", fail)
     trainer = make_trainer(peak_tflops=1.0)
     trainer.train()
     assert not any("mfu" in r for r in trainer.state.log_history)

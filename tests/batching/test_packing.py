@@ -2,15 +2,15 @@
 
 import numpy as np
 import pytest
-from conftest import rows
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batch_plan import BatchPlan, choose_batching, padding_waste
-from dist_logger import UserError
-from epoch_order import EpochOrder, FilledRows, token_lengths
-from packing import PackedRows, best_fit_decreasing, next_fit, next_fit_padded, padded_tokens
+from dft.batching.packing import PackedRows, best_fit_decreasing, next_fit, next_fit_padded, padded_tokens
+from dft.batching.plan import BatchPlan, choose_batching, padding_waste
+from dft.batching.sampler import EpochOrder, FilledRows, token_lengths
+from dft.errors import UserError
+from tests.helpers import rows
 
 CAPACITY = 2048
 

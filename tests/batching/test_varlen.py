@@ -8,11 +8,11 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-import varlen_attention as varlen
-from attention import choose_attention, documents_leak, model_class_of
-from batching import FlatteningCollator, border_arguments
-from dist_logger import UserError
-from leak_check import LeakingDocuments, assert_apart, needs_check
+from dft.batching import varlen_attention as varlen
+from dft.batching.attention import choose_attention, documents_leak, model_class_of
+from dft.batching.collators import FlatteningCollator, border_arguments
+from dft.batching.leak_check import LeakingDocuments, assert_apart, needs_check
+from dft.errors import UserError
 
 varlen.register()
 LENGTHS = [7, 1, 12, 5]
@@ -282,7 +282,7 @@ def test_models_that_need_another_attention(name, settings, reason):
 
 def test_flash_attention_where_it_can_run(monkeypatch):
     config = transformers.Qwen3Config()
-    monkeypatch.setattr("attention.is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr("dft.batching.attention.is_flash_attn_2_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert choose_attention("auto", config, is_16_bit=True) == "flash_attention_2"
     assert choose_attention("auto", config, is_16_bit=False) == "varlen"

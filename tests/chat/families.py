@@ -15,8 +15,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from scripts.make_example_data import dialogues_zh, facts_en, tools_en
-from scripts.make_tiny_model import strings
+from examples.make_example_data import dialogues_zh, facts_en, tools_en
+from examples.make_tiny_model import strings
 
 DIRECTORY = Path(__file__).parent / "families"
 # of the kind of GPT-4's and Qwen's: line ends join into one word, and to the punctuation before them

@@ -5,14 +5,14 @@ import random
 
 import numpy as np
 import pytest
-from families import FAMILIES
-from families import tokenizer as family_tokenizer
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from text_encoder import MARK_END, MARK_START, WHITE_SPACE, TextEncoder, one_of
-from word_cuts import GPT2, can_cut_at_blanks, keeps_to_words, pieces
-from word_encoder import WordEncoder, encode_batch
+from dft.chat.text_encoder import MARK_END, MARK_START, WHITE_SPACE, TextEncoder, one_of
+from dft.chat.word_encoder import WordEncoder, encode_batch
+from dft.chat.word_splits import GPT2, can_cut_at_blanks, keeps_to_words, pieces
+from tests.chat.families import FAMILIES
+from tests.chat.families import tokenizer as family_tokenizer
 
 PIECES = [
     "a",
@@ -251,7 +251,7 @@ def test_white_space_of_expressions_is_white_space_here():
 def test_long_words_and_old_words_are_forgotten(tokenizer, monkeypatch):
     backend = tokenizer.backend_tokenizer
     words = WordEncoder(backend)
-    monkeypatch.setattr("word_encoder.MAX_KEPT", 3)
+    monkeypatch.setattr("dft.chat.word_encoder.MAX_KEPT", 3)
     for i in range(9):
         text = f"some words {'x' * 100}{i}"
         assert words.encode([text]) == encode_batch(backend, [text])
@@ -296,7 +296,7 @@ def test_words_are_tokenised_together(vocabulary, monkeypatch):
         state["model"]["merges"] = [merge for merge in state["model"]["merges"] if "Ġ" not in merge]
         backend = Tokenizer.from_str(json.dumps(state))
     words = WordEncoder(backend)
-    monkeypatch.setattr("word_encoder.AT_ONCE", 3)
+    monkeypatch.setattr("dft.chat.word_encoder.AT_ONCE", 3)
     assert can_cut_at_blanks(backend)
     text = " quiz The cat sat on  the\n mat Ġ Ġx é 中文 of a  thing,   they say 1 12 123 1234 – and\u00a0so on "
     assert words.encode([text, text[5:]]) == encode_batch(backend, [text, text[5:]])

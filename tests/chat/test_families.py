@@ -9,10 +9,10 @@ import re
 
 import numpy as np
 import pytest
-from families import FAMILIES, Oracle, runs, tokenizer
 
-from chat_format import ChatFormat, RowRejected
-from scripts.make_example_data import WEATHER_TOOL
+from dft.chat.format import ChatFormat, RowRejected
+from examples.make_example_data import WEATHER_TOOL
+from tests.chat.families import FAMILIES, Oracle, runs, tokenizer
 
 THOUGHT = "2 x 3 is 6."
 TEXTS = [

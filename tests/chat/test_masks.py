@@ -5,13 +5,13 @@ import re
 
 import numpy as np
 import pytest
-from conftest import CHATML_TEMPLATE, THINKING_TEMPLATE
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from chat_format import ChatFormat
-from scripts.make_example_data import WEATHER_TOOL
-from training_row import RowRejected, truncate
+from dft.chat.example import RowRejected, truncate
+from dft.chat.format import ChatFormat
+from examples.make_example_data import WEATHER_TOOL
+from tests.helpers import CHATML_TEMPLATE, THINKING_TEMPLATE
 
 END = "<|im_end|>"
 TAGGED_TEMPLATE = """\

@@ -1,12 +1,12 @@
 """Templates that make it hard to tell the assistant's turns: the labels are exact, or the row is refused."""
 
 import pytest
-from conftest import CHATML_TEMPLATE
-from test_masks import TAGGED_TEMPLATE, assistant, make_format, supervised, user
 from tokenizers import AddedToken
 
-from dist_logger import UserError
-from training_row import RowRejected
+from dft.chat.example import RowRejected
+from dft.errors import UserError
+from tests.chat.test_masks import TAGGED_TEMPLATE, assistant, make_format, supervised, user
+from tests.helpers import CHATML_TEMPLATE
 
 CHAT = [user("Q"), assistant("A b"), user("Q"), assistant("C")]
 TOOL = {"type": "function", "function": {"name": "w", "description": "weather", "parameters": {}}}

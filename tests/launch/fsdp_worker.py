@@ -1,24 +1,19 @@
 """Started by test_invariance.py on two processes: FSDP2 with the loss in the head, and from logits.
 
-    torchrun --nproc-per-node 2 tests/fsdp_worker.py
+    torchrun --nproc-per-node 2 tests/launch/fsdp_worker.py
 
 Prints for each kind of sharding the relative difference of the gradients; ends with an error if it is above 1e-5.
 """
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from dft_loss import TokenWeight, dft_loss_sum
-from loss_head import LossHead
-from process_group import program
-from scripts.make_tiny_model import make_model
+from dft.loss.from_logits import TokenWeight, dft_loss_sum
+from dft.loss.head import LossHead
+from dft.program import program
+from examples.make_tiny_model import make_model
 
 CHUNK_MB = 7 * 4 * 400 / 1e6  # 7 rows of logits
 

@@ -1,6 +1,6 @@
 """Started by test_invariance.py on one or more processes: one optimizer step for each way to cut the batch.
 
-    torchrun --nproc-per-node 2 tests/invariance_worker.py OUT MODE 4x1 1x4 …
+    torchrun --nproc-per-node 2 tests/launch/invariance_worker.py OUT MODE 4x1 1x4 …
 
 MODE is ddp, static (DDP with a static graph), zero2, zero3, accelerate (its own ZeRO-3), mutant or evaluated
 (before it is trained). Behind a dash it may say what the head is: logits (the loss comes from these), untied,
@@ -14,22 +14,20 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq
 
-from batching import FlatteningCollator
-from dft_loss import count_terms
+from dft.batching.collators import FlatteningCollator
+from dft.batching.packing import PackedRows, best_fit_decreasing
+from dft.batching.sampler import token_lengths
+from dft.batching.varlen_attention import register
+from dft.config.training import DFTTrainingArguments
+from dft.loss.from_logits import count_terms
+from dft.program import program
 from dft_trainer import DFTTrainer
-from epoch_order import token_lengths
-from packing import PackedRows, best_fit_decreasing
-from process_group import program
-from scripts.make_example_data import dialogues_zh, facts_en
-from scripts.make_tiny_model import make_model, make_tokenizer, strings
-from training_arguments import DFTTrainingArguments
-from varlen_attention import register
+from examples.make_example_data import dialogues_zh, facts_en
+from examples.make_tiny_model import make_model, make_tokenizer, strings
 
 LEARNING_RATE = 64.0
 GLOBAL_BATCH = 8

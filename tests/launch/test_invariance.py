@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import run
+
+from tests.helpers import run
 
 pytestmark = pytest.mark.launch
 
@@ -13,7 +14,7 @@ def one_step(out, mode: str, processes: int, *cuts: str, expect: int = 0) -> tup
         launcher = ["accelerate", "launch", "--config_file", "scripts/zero3.yaml", "--mixed_precision", "no"]
     else:
         launcher = ["torchrun", "--standalone", "--nproc-per-node", processes] if processes > 1 else ["python"]
-    result = run([*launcher, "tests/invariance_worker.py", out, mode, *cuts])
+    result = run([*launcher, "tests/launch/invariance_worker.py", out, mode, *cuts])
     assert (result.returncode != 0) == (expect != 0), result.stdout[-4000:]
     return {cut: torch.load(out / f"{cut}.pt") for cut in cuts if not expect}, result.stdout
 
@@ -78,7 +79,7 @@ def test_ddp_with_a_static_graph(reference, tmp_path):
 
 
 def test_fsdp():
-    result = run(["torchrun", "--standalone", "--nproc-per-node", 2, "tests/fsdp_worker.py"])
+    result = run(["torchrun", "--standalone", "--nproc-per-node", 2, "tests/launch/fsdp_worker.py"])
     assert result.returncode == 0, result.stdout[-3000:]
     assert result.stdout.count("resharded") == 4  # two kinds, two ranks
 

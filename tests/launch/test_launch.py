@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, read_log, run, write_jsonl
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, FalconMambaConfig
+
+from tests.helpers import ROOT, read_log, run, write_jsonl
 
 pytestmark = pytest.mark.launch
 

@@ -7,9 +7,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import fused_loss
-from dft_loss import TokenWeight, count_terms, dft_loss_sum, entropy_of, supervised_rows, token_scales
-from fused_loss import LogitTransform, _softmax_gradient, chunked_dft_loss_sum, fused_dft_loss_sum, softmax_gradient_
+from dft.loss import fused as fused_loss
+from dft.loss.from_logits import TokenWeight, count_terms, dft_loss_sum, entropy_of, supervised_rows, token_scales
+from dft.loss.fused import (
+    LogitTransform,
+    _softmax_gradient,
+    chunked_dft_loss_sum,
+    fused_dft_loss_sum,
+    softmax_gradient_,
+)
 
 V, H = 53, 8
 

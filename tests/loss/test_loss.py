@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dft_loss import TokenWeight, count_terms, dft_loss_sum, shift_labels, token_scales, token_statistics
+from dft.loss.from_logits import TokenWeight, count_terms, dft_loss_sum, shift_labels, token_scales, token_statistics
 
 
 def random_case(seed: int = 0, batch: int = 3, length: int = 17, vocab: int = 29):

@@ -8,10 +8,10 @@ import transformers
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
-from dft_loss import TokenWeight, count_terms, dft_loss_sum
-from fused_loss import LogitTransform
-from loss_head import LossHead, UnsupportedHead
-from scripts.make_tiny_model import make_model
+from dft.loss.from_logits import TokenWeight, count_terms, dft_loss_sum
+from dft.loss.fused import LogitTransform
+from dft.loss.head import LossHead, UnsupportedHead
+from examples.make_tiny_model import make_model
 
 SMALL = {
     "vocab_size": 120,
@@ -101,7 +101,7 @@ def test_architectures(name):
 
 def test_an_unknown_change_of_the_logits_is_found(monkeypatch):
     """Here Gemma's, as if its name in the configuration weren't known."""
-    monkeypatch.setattr("loss_head.logit_transform", lambda config: LogitTransform())
+    monkeypatch.setattr("dft.loss.head.logit_transform", lambda config: LogitTransform())
     with pytest.raises(UnsupportedHead, match="changes its logits"):
         both_ways(model_of("Gemma2"))
     _, found = both_ways(model_of("Gemma2"), check=False)
@@ -212,7 +212,7 @@ def test_evaluation_makes_no_logits(make_trainer, monkeypatch):
 
 
 def test_an_unknown_head_is_used_through_its_logits_or_refused(make_trainer, monkeypatch, caplog):
-    monkeypatch.setattr("loss_head.logit_transform", lambda config: LogitTransform(0.5))
+    monkeypatch.setattr("dft.loss.head.logit_transform", lambda config: LogitTransform(0.5))
     expected = make_trainer(fused_loss="off").evaluate()
     trainer = make_trainer(fused_loss="auto")
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected["eval_loss"])

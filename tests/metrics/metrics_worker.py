@@ -1,6 +1,6 @@
 """Started by test_metrics.py on one or more processes: two steps of training for each kind of batch.
 
-    torchrun --nproc-per-node 2 tests/metrics_worker.py OUT
+    torchrun --nproc-per-node 2 tests/metrics/metrics_worker.py OUT
 
 Kinds are padded and packed, in 1 and 8 micro-batches a step of 16 rows (or packed rows). The record of the second step
 is about the weights that the first has left, so these are saved; the evaluation is about the last ones. Rank 0 writes
@@ -14,22 +14,20 @@ import sys
 from pathlib import Path
 from unittest.mock import patch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 import torch
-from recomputation import recomputed
 from transformers import AutoModelForCausalLM
 
-from batching import FlatteningCollator, PaddingCollator
+from dft.batching.collators import FlatteningCollator, PaddingCollator
+from dft.batching.packing import DOCUMENTS, PackedRows, best_fit_decreasing
+from dft.batching.sampler import token_lengths
+from dft.batching.varlen_attention import register
+from dft.config.training import DFTTrainingArguments
+from dft.metrics.token_sums import TokenSums
+from dft.program import program
 from dft_trainer import DFTTrainer
-from epoch_order import token_lengths
-from packing import DOCUMENTS, PackedRows, best_fit_decreasing
-from process_group import program
-from scripts.make_example_data import dialogues_zh, facts_en
-from scripts.make_tiny_model import make_model, make_tokenizer, strings
-from token_sums import TokenSums
-from training_arguments import DFTTrainingArguments
-from varlen_attention import register
+from examples.make_example_data import dialogues_zh, facts_en
+from examples.make_tiny_model import make_model, make_tokenizer, strings
+from tests.metrics.recomputation import recomputed
 
 CHANNELS = ("facts", "dialogues", "rare")
 ROWS_PER_STEP = 16

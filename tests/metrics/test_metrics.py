@@ -5,13 +5,13 @@ import math
 
 import pytest
 import torch
-from conftest import run
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from batching import PaddingCollator
-from dft_loss import TokenStatistics
-from token_sums import TokenSums, channel_averages
+from dft.batching.collators import PaddingCollator
+from dft.loss.from_logits import TokenStatistics
+from dft.metrics.token_sums import TokenSums, channel_averages
+from tests.helpers import run
 
 NAMES = {"avg_p_correct": "train/avg_p_correct", "acc": "token_accuracy"}  # what they are called in training records
 
@@ -29,7 +29,7 @@ def worst(result: dict) -> float:
 def test_records_equal_a_recomputation_over_the_saved_model(tmp_path, processes):
     """Padded and packed, in 1 and 8 micro-batches; sums of one rank alone and of one micro-batch are rejected."""
     launcher = ["torchrun", "--standalone", "--nproc-per-node", processes] if processes > 1 else ["python"]
-    result = run([*launcher, "tests/metrics_worker.py", tmp_path])
+    result = run([*launcher, "tests/metrics/metrics_worker.py", tmp_path])
     assert result.returncode == 0, result.stdout[-4000:]
 
     def read(directory):

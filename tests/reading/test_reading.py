@@ -8,11 +8,11 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import write_jsonl
 
-from data_files import DataFile, find_data_files, read_rows
-from data_formats import Conversation, Rejected, detect_format, read_file
-from dist_logger import UserError
+from dft.errors import UserError
+from dft.reading.files import DataFile, find_data_files, read_rows
+from dft.reading.formats import Conversation, Rejected, detect_format, read_file
+from tests.helpers import write_jsonl
 
 
 def chat(question: str = "Q", answer: str = "A", **columns) -> dict:

@@ -19,11 +19,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
-from test_reading import MARK, read, write
 
-import data_files
-from data_files import read_rows
-from data_formats import ROLES, Conversation, Rejected
+from dft.reading import files as data_files
+from dft.reading.files import read_rows
+from dft.reading.formats import ROLES, Conversation, Rejected
+from tests.reading.test_reading import MARK, read, write
 
 set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")
 EXAMPLES = int(os.environ.get("EXAMPLES", 500))

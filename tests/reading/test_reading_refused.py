@@ -7,10 +7,10 @@ import json
 import pyarrow
 import pyarrow.parquet
 import pytest
-from test_reading import INDENTED, MARK, OTHER, ROW, chat, line, questions, read, write, zstandard
 
-import data_files
-from data_formats import Conversation, Rejected
+from dft.reading import files as data_files
+from dft.reading.formats import Conversation, Rejected
+from tests.reading.test_reading import INDENTED, MARK, OTHER, ROW, chat, line, questions, read, write, zstandard
 
 
 def row(*messages, **columns) -> bytes:

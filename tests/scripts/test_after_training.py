@@ -10,17 +10,17 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, run
-from families import FAMILIES
-from families import tokenizer as family_tokenizer
 from matplotlib.figure import Figure
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, logging
 
-from dist_logger import UserError
+from dft.errors import UserError
+from dft.model.trained import find_end_tokens, load_trained
 from scripts import chat, export, plot_runs
-from scripts.trained_model import find_end_tokens, load_trained
+from tests.chat.families import FAMILIES
+from tests.chat.families import tokenizer as family_tokenizer
+from tests.helpers import ROOT, run
 
 
 @pytest.fixture(autouse=True)

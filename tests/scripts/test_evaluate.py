@@ -4,10 +4,10 @@ import json
 import shutil
 
 import pytest
-from conftest import write_jsonl
 
-from dist_logger import UserError
+from dft.errors import UserError
 from scripts import evaluate
+from tests.helpers import write_jsonl
 
 KEYS = ("ce_loss", "perplexity", "avg_p_correct", "acc")
 

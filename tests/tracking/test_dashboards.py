@@ -14,8 +14,9 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from conftest import run
 from playwright.sync_api import Browser, Locator, Page, Response, expect, sync_playwright
+
+from tests.helpers import run
 
 pytestmark = pytest.mark.launch
 
@@ -24,7 +25,7 @@ TAGS = {  # what a chart is called: key of the trainer's log
     "train/loss": "loss",
     "train/ce_loss": "ce_loss",
     "train/train/avg_p_correct": "train/avg_p_correct",
-    "eval/ce_loss": "eval_ce_loss",
+    "examples/eval/ce_loss": "eval_ce_loss",
 }
 STEPS = os.environ.get("DASHBOARD_STEPS", "6")  # the pictures of the documents show 40
 SCREENSHOTS = os.environ.get("SCREENSHOTS")  # a directory: pictures of the pages are saved there

@@ -10,10 +10,10 @@ import pytest
 import yaml
 from transformers import TrainerState, TrainingArguments
 
-from arguments import DataArguments, DFTArguments, ModelArguments
-from dist_logger import UserError
-from model_card import MARK, model_card, write_card
-from run_facts import about_run, read_run, write_run
+from dft.config.arguments import DataArguments, DFTArguments, ModelArguments
+from dft.errors import UserError
+from dft.tracking.model_card import MARK, model_card, write_card
+from dft.tracking.run_info import about_run, read_run, write_run
 
 ENTRY = {"path": "some/chats|1.jsonl", "rows_read": 1200, "kept": 1000, "tokens": 50_000, "supervised_tokens": 9_000}
 REPORT = {"files": [ENTRY], "total": ENTRY}
@@ -82,7 +82,7 @@ def test_code_that_was_changed_is_said_so(monkeypatch, args, tmp_path):
     git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     (tmp_path / "run_facts.py").write_text("x")
-    monkeypatch.setattr("run_facts.__file__", str(tmp_path / "run_facts.py"))
+    monkeypatch.setattr("dft.tracking.run_info.__file__", str(tmp_path / "run_facts.py"))
     assert facts(args)["git_commit"] is None
     subprocess.run([*git, "add", "."], check=True)
     subprocess.run([*git, "commit", "-qm", "m"], check=True)
@@ -93,7 +93,7 @@ def test_code_that_was_changed_is_said_so(monkeypatch, args, tmp_path):
 
 
 def test_code_outside_a_repository_has_no_commit(monkeypatch, args, tmp_path):
-    monkeypatch.setattr("run_facts.__file__", str(tmp_path / "run_facts.py"))
+    monkeypatch.setattr("dft.tracking.run_info.__file__", str(tmp_path / "run_facts.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     about = facts(args)
     assert about["git_commit"] is None

@@ -13,9 +13,10 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from wandb.errors import UsageError
 
-from console import print_lines, record_line, summary
-from dist_logger import UserError
-from trackers import (
+from dft.errors import UserError
+from dft.tracking.console import print_lines, record_line, summary
+from dft.tracking.curves import Curves
+from dft.tracking.trackers import (
     PROJECT_NAMES,
     GuardedTracker,
     TrackerIds,
@@ -23,7 +24,7 @@ from trackers import (
     guard_trackers,
     start_tensorboard,
 )
-from tracking import Curves, TrainLog
+from dft.tracking.train_log import TrainLog
 
 
 def test_a_record_is_one_line():
@@ -140,7 +141,7 @@ def test_modes_that_need_no_server_are_left_alone(trackers, caplog, monkeypatch)
 
 def test_a_tracker_without_its_package_is_dropped(trackers, caplog, monkeypatch):
     monkeypatch.setenv("SWANLAB_MODE", "local")
-    monkeypatch.setattr("trackers.find_spec", lambda name: None)
+    monkeypatch.setattr("dft.tracking.trackers.find_spec", lambda name: None)
     assert list(trackers("swanlab", "tensorboard", "comet_ml")) == ["tensorboard"]
     assert "pip install 'swanlab[dashboard]'" in caplog.text
     assert "--report_to comet_ml: it can't start" in caplog.text

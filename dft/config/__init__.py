@@ -1,0 +1,1 @@
+"""Command-line flags, their types and their errors."""

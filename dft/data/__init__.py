@@ -1,0 +1,1 @@
+"""Many rows to a dataset and its report."""

@@ -1,0 +1,1 @@
+"""Configuration, tokenizer and weights of a model."""

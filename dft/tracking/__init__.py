@@ -1,0 +1,1 @@
+"""Log records to dashboards, curves, the summary and the model card."""
