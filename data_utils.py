@@ -1,4 +1,4 @@
-"""Many chat files to tokenised datasets: read, validate, choose, tokenise, write, report.
+"""Many chat files to tokenized datasets: read, validate, choose, tokenize, write, report.
 
     data = prepare_data(["data/"], None, ChatFormat(tokenizer), cache_dir="cache")       # train_dft.py's way
     data.train, data.evaluation, data.report
@@ -6,7 +6,7 @@
     rows = [row for row in load_conversations(["chats.jsonl"]) if isinstance(row, Conversation)]
     dataset, rejected = tokenize_dataset(rows, ChatFormat(tokenizer), max_length=8192)    # in a notebook
 
-Files are read twice: first to validate and to choose, then to tokenise. What is in memory doesn't grow
+Files are read twice: first to validate and to choose, then to tokenize. What is in memory doesn't grow
 with their size but for some 100 bytes a row. Only token arrays go into the `datasets` library. Per
 file, rows read = rows kept + rows rejected + rows not sampled.
 """
@@ -35,13 +35,13 @@ from dft.data.pipeline import (
     tokenize_files,
 )
 from dft.data.prepared import PreparedData, load_prepared
-from dft.data.rejection_log import RejectedRows
+from dft.data.rejection_log import RejectionLog
 from dft.data.report import FileStatistics, make_report
-from dft.data.selection import Catalogue, Selection, mix, select
+from dft.data.selection import Catalog, Selection, mix, select
 from dft.data.worker_pool import WorkerPool
 from dft.errors import UserError
 from dft.reading.files import DataFile, find_data_files, read_rows
-from dft.reading.formats import Conversation, Rejected, RowReader, detect_format, parse, read_file
+from dft.reading.formats import Conversation, RejectedRow, RowReader, detect_format, parse, read_file
 from dist_logger import get_logger
 
 logger = get_logger(__name__)
@@ -52,7 +52,7 @@ logger = get_logger(__name__)
 
 def load_conversations(
     paths: Iterable[str], data_format: str = "auto", role_map: dict[str, str] | None = None
-) -> Iterator[Conversation | Rejected]:
+) -> Iterator[Conversation | RejectedRow]:
     """Reads and validates files, row by row: conversations, and the rows that are broken or teach nothing.
 
     Args:
@@ -66,7 +66,7 @@ def load_conversations(
         yield from map(reject_untrainable, read_file(path, data_format, role_map))
 
 
-# ---- tokenising ---------------------------------------------------------------------------------
+# ---- tokenizing ---------------------------------------------------------------------------------
 
 
 def tokenize_dataset(
@@ -74,7 +74,7 @@ def tokenize_dataset(
     chat_format: ChatFormat,
     max_length: int = 8192,
     truncation: Truncation = "right",
-) -> tuple[Dataset, list[Rejected]]:
+) -> tuple[Dataset, list[RejectedRow]]:
     """A dataset in memory, with the columns of PreparedData, and the rows that are not in it."""
     rows = list(conversations)
     results = tokenize_conversations(rows, chat_format, max_length, truncation)
@@ -107,7 +107,7 @@ def prepare_data(
     progress: bool = True,
     channels: Channels = "auto",
 ) -> PreparedData:
-    """From paths to tokenised training and evaluation rows, kept in a cache.
+    """From paths to tokenized training and evaluation rows, kept in a cache.
 
     Args:
         data_files, eval_data_files: see data_files.find_data_files. Without eval_data_files, a share of
@@ -117,8 +117,8 @@ def prepare_data(
         max_length: in tokens.
         truncation: the end that longer rows lose: right or left; drop rejects them, error stops.
         dedup, drop_leaked, validation_split_percentage, max_eval_samples: see data_selection.select.
-        data_validation: what may be dropped, see RejectedRows.
-        num_workers: processes that read and tokenise, at most one per core.
+        data_validation: what may be dropped, see RejectionLog.
+        num_workers: processes that read and tokenize, at most one per core.
         overwrite_cache: prepare the data even if it is in the cache.
         channels: see load_prepared.
 
@@ -199,7 +199,7 @@ def _build(
     readers = [_reader(file.path, data_format, role_map) for file in files]
     train_files, eval_files = ([i for i, file in enumerate(files) if file.path in side] for side in sides)
     with (
-        RejectedRows(directory / "rejected.jsonl", data_validation, truncation) as rejected,
+        RejectionLog(directory / "rejected.jsonl", data_validation, truncation) as rejected,
         WorkerPool(num_workers, TokenSettings(chat_format, max_length, truncation)) as pool,
     ):
         rows = survey(files, readers, pool, rejected, progress)
@@ -238,7 +238,7 @@ def _reader(path: str, data_format: str, role_map: dict[str, str] | None) -> Row
     return reader
 
 
-def _dropped(rows: Catalogue, chosen: Selection, readers: list[RowReader]) -> Iterator[Rejected]:
+def _dropped(rows: Catalog, chosen: Selection, readers: list[RowReader]) -> Iterator[RejectedRow]:
     """The rows that were asked to be dropped, read once more."""
     details = {"duplicate": "the same as an earlier row", "leaked": "the prompt of an evaluation row"}
     for number, reader in enumerate(readers):
@@ -251,15 +251,15 @@ def _dropped(rows: Catalogue, chosen: Selection, readers: list[RowReader]) -> It
             if i in reason_of:
                 reason = reason_of[i]
                 text = raw.text or json.dumps(parse(raw), ensure_ascii=False, default=str)
-                yield Rejected(reader.path, raw.line, reason, details[reason], text, is_malformed=False)
+                yield RejectedRow(reader.path, raw.line, reason, details[reason], text, is_malformed=False)
 
 
 def _file_statistics(
-    rows: Catalogue,
+    rows: Catalog,
     chosen: Selection,
     readers: list[RowReader],
     statistics: list[RowStatistics],
-    rejected: RejectedRows,
+    rejected: RejectionLog,
 ) -> list[FileStatistics]:
     unwanted = ~(chosen.train | chosen.evaluation)
     for which in chosen.dropped.values():

@@ -210,7 +210,7 @@ def load_data(
     plan: BatchPlan,
     channels: Channels,
 ) -> PreparedData:
-    """The training and evaluation rows, tokenised by one process of each node and read by all of them."""
+    """The training and evaluation rows, tokenized by one process of each node and read by all of them."""
     chat_format = ChatFormat(tokenizer, data_args.train_on, data_args.mask_thinking)
     logger.info("Assistant turns are found by: %s", chat_format.method)
     is_main = args.process_index == 0

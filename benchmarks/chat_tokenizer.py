@@ -4,7 +4,7 @@ import json
 from importlib.util import find_spec
 from pathlib import Path
 
-VOCABULARY = "tekken_240911.json"  # in mistral-common, under the Apache licence 2.0
+VOCABULARY = "tekken_240911.json"  # in mistral-common, under the Apache license 2.0
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 TEMPLATE = """\

@@ -76,11 +76,11 @@ def check_same_work(found: dict[Case, list[dict[str, Any]]]) -> None:
         results = [r for (c, _, _), some in found.items() if c == corpus for r in some]
         ids = {(r["rows"], r["tokens"], r["ids"]) for r in results}
         assert len(ids) == 1, f"{corpus}: not the same tokens: {ids}"
-        labels = {r["labels"] for (c, w, _), some in found.items() if c == corpus and w in LABELLED for r in some}
+        labels = {r["labels"] for (c, w, _), some in found.items() if c == corpus and w in LABELED for r in some}
         assert len(labels) == 1, f"{corpus}: not the same labels: {labels}"
 
 
-LABELLED = ("ours", "cached", "trl")
+LABELED = ("ours", "cached", "trl")
 
 
 def seconds_of(found: dict[Case, list[dict[str, Any]]], case: Case, key: str = "seconds") -> float:

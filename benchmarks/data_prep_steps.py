@@ -138,7 +138,7 @@ def _age() -> float:
 
 
 def seed(work: Path, path: Path, num_proc: int) -> dict[str, Any]:
-    """What Lauorie/DFT does, by its description: everything through `datasets`, two tokenisations a row.
+    """What Lauorie/DFT does, by its description: everything through `datasets`, two tokenizations a row.
 
     It supervises all that follows the first question. One process: without a worker beside it.
     """

@@ -7,7 +7,7 @@
 
 Counted is all that compute_loss does outside the model's forward, and all of log(). Our share is that of a run that
 logs every 10 steps and draws its curves every 200, with 4 sources. In another run metrics are on in every second step
-only: "turns" is the median, over pairs of neighbours, of the time of a step with them over that of one without, and
+only: "turns" is the median, over pairs of neighbors, of the time of a step with them over that of one without, and
 "turns_low" and "turns_high" what it may be by chance (a bootstrap, 95%). The last line is JSON; shares are of the
 step's time.
 """
@@ -99,7 +99,7 @@ def describe(found: Found, about: dict[str, Any], result: dict[str, float], args
             f"""\
 - Share: what is counted in every step, a tenth of a record (one every {LOGGING_STEPS} steps), and 1/{SAVE_STEPS} of a
   drawing of the curves (200 records).
-- Metrics in every second step only: a step with a record took {result["turns"]:.3f} times as long as its neighbour
+- Metrics in every second step only: a step with a record took {result["turns"]:.3f} times as long as its neighbor
   without metrics (median; by chance {result["turns_low"]:.3f} to {result["turns_high"]:.3f}).
 - Entropy is computed with the loss, inside the forward pass: it is in the time of the step and not in its share.
 - TRL records entropy, accuracy and tokens; ours are those of the README, also of 4 sources, with train_log.jsonl and

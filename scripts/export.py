@@ -1,4 +1,4 @@
-"""Write a trained model as a directory of its own, to serve, share or quantise it.
+"""Write a trained model as a directory of its own, to serve, share or quantize it.
 
     python scripts/export.py outputs/my-lora --output outputs/my-model                  # adapter merged into its base
     python scripts/export.py outputs/dft/checkpoint-200 --output outputs/my-model --dtype bfloat16

@@ -4,7 +4,7 @@
     python scripts/plot_runs.py outputs/sft outputs/dft --names SFT DFT --output a.png
 
 Each run is a directory with a train_log.jsonl. Drawn are cross-entropy and p_correct, of training (thin) and of the
-evaluation (dots). The loss is not: runs with another alpha minimise another function, and their losses say nothing
+evaluation (dots). The loss is not: runs with another alpha minimize another function, and their losses say nothing
 about one another.
 """
 

@@ -16,7 +16,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
-DATASETS_CACHE = tempfile.mkdtemp(prefix="dft-tests-")  # tokenised data of the runs below
+DATASETS_CACHE = tempfile.mkdtemp(prefix="dft-tests-")  # tokenized data of the runs below
 os.environ["HF_DATASETS_CACHE"] = DATASETS_CACHE
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

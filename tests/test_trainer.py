@@ -181,7 +181,7 @@ def test_training_twice_logs_twice(make_trainer):
         assert [("ce_loss" in r) for r in trainer.state.log_history if "learning_rate" in r] == [True, True]
 
 
-def test_a_model_that_takes_no_loss_arguments_is_normalised_all_the_same(make_trainer):
+def test_a_model_that_takes_no_loss_arguments_is_normalized_all_the_same(make_trainer):
     """Remote code often has a forward without **kwargs; Trainer then counts no tokens."""
 
     class Plain(type(make_model(600, hidden_size=32, num_layers=1))):

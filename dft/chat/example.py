@@ -8,7 +8,7 @@ import numpy as np
 from dft.labels import IGNORE_INDEX
 
 
-class RowRejected(Exception):
+class RowError(Exception):
     """A row that can't be trained on: a short reason to count by, and a detail for people."""
 
     def __init__(self, reason: str, detail: str):
@@ -42,12 +42,12 @@ def truncate(example: Example, max_length: int, side: Literal["right", "left", "
             end-of-turn token. drop: longer rows are rejected.
 
     Raises:
-        RowRejected: no supervised token is left, or the row is too long and `side` is drop.
+        RowError: no supervised token is left, or the row is too long and `side` is drop.
     """
     length = len(example.input_ids)
     if length > max_length:
         if side == "drop":
-            raise RowRejected("too_long", f"{length} tokens, more than --max_length {max_length}")
+            raise RowError("too_long", f"{length} tokens, more than --max_length {max_length}")
         kept = slice(max_length) if side == "right" else slice(length - max_length, None)
         weights = None if example.weights is None else example.weights[kept]
         example = replace(
@@ -58,5 +58,5 @@ def truncate(example: Example, max_length: int, side: Literal["right", "left", "
             is_truncated=True,
         )
     if example.num_supervised == 0:
-        raise RowRejected("nothing_left_after_truncation", f"no assistant token within --max_length {max_length}")
+        raise RowError("nothing_left_after_truncation", f"no assistant token within --max_length {max_length}")
     return example

@@ -1,7 +1,7 @@
 """Conversations to token ids and labels: every assistant turn with its end-of-turn token, and nothing else.
 
 One row's way: render the template, find the character span of every assistant turn, verify the spans,
-tokenise, map the spans to tokens. A row whose spans can't be verified is rejected with a reason; it is
+tokenize, map the spans to tokens. A row whose spans can't be verified is rejected with a reason; it is
 never trained on by a guess.
 
 Where the spans come from:
@@ -27,7 +27,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from dft.chat.example import Example, RowRejected
+from dft.chat.example import Example, RowError
 from dft.chat.text_encoder import MARK_END, MARK_START, TextEncoder, one_of
 from dft.chat.turn_finder import TEMPLATE_ERRORS, Span, TurnFinder, TurnNotFound
 from dft.chat.verification import not_rendered, verify
@@ -189,7 +189,7 @@ class ChatFormat:
         try:
             texts, tagged = self._render(PROBE, None, None, return_assistant_tokens_mask=True)
             spans = self._tagged_spans(texts[0], tagged[0])
-        except (*TEMPLATE_ERRORS, RowRejected):
+        except (*TEMPLATE_ERRORS, RowError):
             return set()
         ends = (self._trailing_control.search(texts[0], start, end) for start, end in spans)
         return {match[1] for match in ends if match}
@@ -202,12 +202,12 @@ class ChatFormat:
         """The rendered text, control tokens of the conversation's own text marked, and its assistant spans.
 
         Raises:
-            RowRejected: the template refuses the conversation, or a span can't be verified.
+            RowError: the template refuses the conversation, or a span can't be verified.
         """
         messages, tools, template_kwargs = (self._mark(value) for value in (messages, tools, template_kwargs))
         try:
             text, spans = self._find_turns(_with_arguments(messages, as_text=False), tools, template_kwargs)
-        except RowRejected as error:
+        except RowError as error:
             if error.reason != "template_error" or not any(m.get("tool_calls") for m in messages):
                 raise
             # some templates (DeepSeek's) want the arguments of tool calls as JSON in a text
@@ -227,9 +227,9 @@ class ChatFormat:
             texts, tagged = self._render(messages, tools, template_kwargs, return_assistant_tokens_mask=True)
             return texts[0], self._tagged_spans(texts[0], tagged[0])
         except TurnNotFound as error:
-            raise RowRejected("unverified_mask", str(error)) from error
+            raise RowError("unverified_mask", str(error)) from error
         except TEMPLATE_ERRORS as error:
-            raise RowRejected("template_error", f"the chat template refuses the row: {error}") from error
+            raise RowError("template_error", f"the chat template refuses the row: {error}") from error
 
     def _render_text(
         self,
@@ -255,7 +255,7 @@ class ChatFormat:
         """Wraps every control token in the strings of `value`, in nested lists and objects and their keys too."""
         if isinstance(value, str):
             if not value.isascii() and any(character in value for character in USED_INSIDE):
-                raise RowRejected("private_use_character", "the text holds U+E0F0 to U+E0F5, which are used inside")
+                raise RowError("private_use_character", "the text holds U+E0F0 to U+E0F5, which are used inside")
             if self._control_text.search(value) is None:
                 return value
             return self._control_text.sub(lambda match: f"{MARK_START}{match[0]}{MARK_END}", value)
@@ -281,37 +281,37 @@ class ChatFormat:
             return inside.end(1)
         if after:
             return after.end()
-        raise RowRejected("no_end_of_turn", "an assistant turn is not followed by an end-of-turn token")
+        raise RowError("no_end_of_turn", "an assistant turn is not followed by an end-of-turn token")
 
-    # ---- tokenising -----------------------------------------------------------------------------
+    # ---- tokenizing -----------------------------------------------------------------------------
 
     def encode(self, messages: list[dict], tools: list | None = None, template_kwargs: dict | None = None) -> Example:
-        """Renders, tokenises and labels one conversation, whole.
+        """Renders, tokenizes and labels one conversation, whole.
 
         Raises:
-            RowRejected: see `render`; or nothing is supervised; or its control tokens can't be kept as text.
+            RowError: see `render`; or nothing is supervised; or its control tokens can't be kept as text.
         """
         result = next(iter(self.encode_batch([(messages, tools, template_kwargs)])))
-        if isinstance(result, RowRejected):
+        if isinstance(result, RowError):
             raise result
         return result
 
     def encode_batch(
         self, conversations: Iterable[tuple[list[dict], list | None, dict | None]]
-    ) -> list[Example | RowRejected]:
+    ) -> list[Example | RowError]:
         """As `encode`, of many conversations (messages, tools, template arguments) at once, which is faster."""
-        results: list[Example | RowRejected] = []
+        results: list[Example | RowError] = []
         rendered: list[_Rendered] = []
         places: list[int] = []  # of `rendered` in `results`
         for conversation in conversations:
             try:
                 rendered.append(self._render_supervised(*conversation))
                 places.append(len(results))
-                results.append(RowRejected("", ""))  # replaced below
-            except RowRejected as error:
+                results.append(RowError("", ""))  # replaced below
+            except RowError as error:
                 results.append(error)
             except RecursionError:
-                results.append(RowRejected("nested_too_deeply", "its tools or tool calls are nested too deeply"))
+                results.append(RowError("nested_too_deeply", "its tools or tool calls are nested too deeply"))
         borders = [[border for span in row.spans for border in span] for row in rendered]
         encoded = self.encoder.encode([row.text for row in rendered], borders)
         for place, row, tokens in zip(places, rendered, encoded, strict=True):
@@ -329,12 +329,12 @@ class ChatFormat:
             spans = [span for some in parts for span in some]
         kept = [(span, weight) for span, weight in zip(spans, weights, strict=True) if weight > 0]
         if not kept:
-            raise RowRejected("nothing_to_train_on", "every assistant turn has the weight 0 or isn't asked for")
+            raise RowError("nothing_to_train_on", "every assistant turn has the weight 0 or isn't asked for")
         return _Rendered(text, [s for s, _ in kept], [w for _, w in kept], not_rendered(text, messages, tools))
 
-    def _example(self, row: _Rendered, tokens: tuple[np.ndarray, list[int]] | None) -> Example | RowRejected:
+    def _example(self, row: _Rendered, tokens: tuple[np.ndarray, list[int]] | None) -> Example | RowError:
         if tokens is None:
-            return RowRejected("control_token_in_text", "this tokenizer can't keep control tokens as plain text")
+            return RowError("control_token_in_text", "this tokenizer can't keep control tokens as plain text")
         ids, borders = tokens
         labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int32)
         weights = None

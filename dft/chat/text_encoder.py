@@ -1,8 +1,8 @@
-"""Rendered conversations to token ids, quickly: in segments, each tokenised once.
+"""Rendered conversations to token ids, quickly: in segments, each tokenized once.
 
 A tokenizer cuts its input at control tokens before it does anything else, so what stands between two of
-them is tokenised by itself. Here the cuts are made first. Segments that were seen lately (system prompts,
-tool schemas) are not tokenised again, nor are words, where they are independent too (word_encoder.py). No
+them is tokenized by itself. Here the cuts are made first. Segments that were seen lately (system prompts,
+tool schemas) are not tokenized again, nor are words, where they are independent too (word_encoder.py). No
 character offsets are needed but where a turn starts in the middle of a token.
 
 Control tokens that are a conversation's own text come wrapped in MARK_START and MARK_END. They never
@@ -29,14 +29,14 @@ PROBE = "{0}a b\n{1} c\n\n{0}{1}  d{0} \n e é中 {1}"  # every cut that a rende
 
 
 class TextEncoder:
-    """Tokenises rendered texts as `tokenizer` does, its control tokens being the template's alone.
+    """Tokenizes rendered texts as `tokenizer` does, its control tokens being the template's alone.
 
     Args:
         tokenizer: a fast tokenizer. What it adds to a text by itself (BOS) is left out: templates write it.
 
     Attributes:
         special: the control tokens, {text: id}.
-        can_segment: whether this tokenizer's segments are independent. If not, whole texts are tokenised,
+        can_segment: whether this tokenizer's segments are independent. If not, whole texts are tokenized,
             and those with marks can't be.
     """
 
@@ -80,8 +80,8 @@ class TextEncoder:
         if not self.can_segment:
             return [None if MARK_START in t else self._encode_whole(t, b) for t, b in zip(texts, borders, strict=True)]
         cut = [self._cut_text(text, some) for text, some in zip(texts, borders, strict=True)]
-        self._tokenise(segment for segments, _ in cut for segment in segments if isinstance(segment, str))
-        self._tokenise(header for _, found in cut for _, header in found if header is not None)
+        self._tokenize(segment for segments, _ in cut for segment in segments if isinstance(segment, str))
+        self._tokenize(header for _, found in cut for _, header in found if header is not None)
         results = [self._join(segments, found) for segments, found in cut]
         if self._cached_characters > MAX_CACHED_CHARACTERS:
             self._cache.clear()
@@ -128,7 +128,7 @@ class TextEncoder:
                 found.append((index, segments[index][: border - starts[index]]))
         return segments, found
 
-    def _tokenise(self, segments: Iterable[str]) -> None:
+    def _tokenize(self, segments: Iterable[str]) -> None:
         """Puts the ids of segments into the cache."""
         missing = {segment for segment in segments if segment not in self._cache}
         marked = {segment for segment in missing if MARK_START in segment}
@@ -207,7 +207,7 @@ _AT_START = "\ue0f5"  # before a segment that begins the text: some tokenizers p
 
 
 def _plain(segment: str) -> str:
-    """A segment as it is tokenised: without marks."""
+    """A segment as it is tokenized: without marks."""
     return MARKS.sub("", segment.removeprefix(_AT_START))
 
 

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from dft.chat.example import RowRejected
+from dft.chat.example import RowError
 from dft.chat.text_encoder import MARKS
 from dft.chat.turn_finder import Span
 from dft.reading.formats import function_of
@@ -14,27 +14,27 @@ def verify(text: str, spans: list[Span], messages: list[dict]) -> None:
     """Checks that every assistant turn has its span, in order, with its text, and every other text is in the render.
 
     Raises:
-        RowRejected: with what is missing.
+        RowError: with what is missing.
     """
     turns = [m for m in messages if m["role"] == "assistant"]
     if len(turns) != len(spans):
-        raise RowRejected("unverified_mask", f"{len(turns)} assistant turns, {len(spans)} found in the render")
+        raise RowError("unverified_mask", f"{len(turns)} assistant turns, {len(spans)} found in the render")
     position = 0
     for turn, (start, end) in zip(turns, spans, strict=True):
         if start < position:
-            raise RowRejected("unverified_mask", "two assistant turns overlap in the render")
+            raise RowError("unverified_mask", "two assistant turns overlap in the render")
         position = end
         span = text[start:end]
         content = (turn.get("content") or "").strip()
         # reasoning models drop the thinking of earlier turns from the render
         answer = content.split("</think>")[-1].strip()
         if content not in span and (answer not in span or not (answer or turn.get("tool_calls"))):
-            raise RowRejected("unverified_mask", f"an assistant turn is not in the render: {content[:60]!r}")
+            raise RowError("unverified_mask", f"an assistant turn is not in the render: {content[:60]!r}")
         _verify_calls(turn.get("tool_calls") or [], span.replace(content, "", 1))
     for message in messages:
         content = (message.get("content") or "").strip()
         if message["role"] != "assistant" and not _is_shown(content, text):
-            raise RowRejected("message_not_rendered", f"the template leaves out a {message['role']} message")
+            raise RowError("message_not_rendered", f"the template leaves out a {message['role']} message")
 
 
 def not_rendered(text: str, messages: list[dict], tools: list | None) -> tuple[str, ...]:
@@ -55,7 +55,7 @@ def _verify_calls(calls: list[dict], text: str) -> None:
         name = function_of(call).get("name", "")
         found = text.find(name, position)
         if found < 0 or not all(_is_shown(value, text) for value in _leaves(function_of(call).get("arguments"))):
-            raise RowRejected("unverified_mask", f"the call of tool {name!r} is not in its turn, or not whole")
+            raise RowError("unverified_mask", f"the call of tool {name!r} is not in its turn, or not whole")
         position = found + len(name)
 
 

@@ -1,4 +1,4 @@
-"""Text to token ids by its words, each tokenised once, for the tokenizers of which word_cuts.py allows it."""
+"""Text to token ids by its words, each tokenized once, for the tokenizers of which word_cuts.py allows it."""
 
 import re
 from array import array
@@ -17,7 +17,7 @@ BLANK = "Ġ"  # as byte-level vocabularies write it
 
 
 class WordEncoder:
-    """Tokenises texts without control tokens, and keeps the ids of the words in them.
+    """Tokenizes texts without control tokens, and keeps the ids of the words in them.
 
     Args:
         backend: a tokenizer of which `can_cut_at_blanks`, without truncation and padding.
@@ -42,7 +42,7 @@ class WordEncoder:
         """The ids of each text, int32."""
         words = [pieces(text) for text in texts]
         missing = set().union(*words).difference(self._kept)
-        self._tokenise(list(missing))
+        self._tokenize(list(missing))
         found = [b"".join(map(self._kept.__getitem__, some)) for some in words]
         if len(self._kept) > MAX_KEPT:
             self._kept.clear()
@@ -52,7 +52,7 @@ class WordEncoder:
                     del self._kept[word]
         return found
 
-    def _tokenise(self, words: list[str]) -> None:
+    def _tokenize(self, words: list[str]) -> None:
         """Simple words many at once: only the first token of each begins with a blank."""
         simple = [word for word in words if self._shows_blanks and SIMPLE.fullmatch(word)]
         groups = [simple[i : i + AT_ONCE] for i in range(0, len(simple), AT_ONCE)]

@@ -97,9 +97,9 @@ class DataArguments:
         "lenient: both are dropped. Whatever is dropped is counted and written to rejected.jsonl.",
         "standard",
     )
-    preprocessing_num_workers: int = option("Processes that tokenise, at most one per core.", 8)
+    preprocessing_num_workers: int = option("Processes that tokenize, at most one per core.", 8)
     data_cache_dir: str | None = option(
-        "Where tokenised data is kept for the next run with the same files, tokenizer and settings; by default dft in "
+        "Where tokenized data is kept for the next run with the same files, tokenizer and settings; by default dft in "
         "the cache of Hugging Face's datasets."
     )
     overwrite_cache: bool = option("Prepare the data anew, whatever is in the cache.", False)

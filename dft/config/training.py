@@ -135,7 +135,7 @@ class DFTTrainingArguments(TrainingArguments):
             raise UserError("--save_safetensors False: only safetensors is written; drop the flag")
         if not self.average_tokens_across_devices:
             raise UserError(
-                "--average_tokens_across_devices False: the loss is always normalised over the global batch; drop it"
+                "--average_tokens_across_devices False: the loss is always normalized over the global batch; drop it"
             )
         if self.label_smoothing_factor:
             raise UserError(f"--label_smoothing_factor {self.label_smoothing_factor}: the DFT loss has none; drop it")

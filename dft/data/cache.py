@@ -73,7 +73,7 @@ def cached(directory: Path, key: str, build: Callable[[Path], None], overwrite: 
         raise UserError(f"--data_cache_dir {directory} can't be written to: {error.strerror}") from error
     try:
         if target.is_dir() and (not overwrite or target.stat().st_mtime > start):
-            logger.info("Tokenised data from the cache: %s", target)
+            logger.info("Tokenized data from the cache: %s", target)
             return target
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
@@ -93,5 +93,5 @@ def cached(directory: Path, key: str, build: Callable[[Path], None], overwrite: 
         for leftover in (unfinished, replaced):
             shutil.rmtree(leftover, ignore_errors=True)
         lock.release()
-    logger.info("Tokenised data kept in %s", target)
+    logger.info("Tokenized data kept in %s", target)
     return target

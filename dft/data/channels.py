@@ -63,8 +63,8 @@ def choose_channels(
         ways = {"field": np.where(has_field, by_field, by_file), "file": by_file}
     elif wanted == "field":
         raise UserError("--channels field: no row has a field 'channel' that holds a name; use --channels file")
-    for way, labelled in ways.items():
-        used, index = np.unique(labelled, return_inverse=True)
+    for way, labeled in ways.items():
+        used, index = np.unique(labeled, return_inverse=True)
         if wanted == way or (wanted == "auto" and 2 <= len(used) <= MAX_CHANNELS):
             return [labels[i] for i in used], index.astype(np.int32)
         if wanted == "auto" and len(used) > MAX_CHANNELS:

@@ -1,4 +1,4 @@
-"""The steps from files to token arrays, in a few processes: survey, tokenise, write."""
+"""The steps from files to token arrays, in a few processes: survey, tokenize, write."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -11,14 +11,14 @@ import pyarrow
 from datasets import Features, List, Value
 from tqdm.auto import tqdm
 
-from dft.chat.example import Example, RowRejected, truncate
+from dft.chat.example import Example, RowError, truncate
 from dft.chat.format import ChatFormat
-from dft.data.rejection_log import RejectedRows
-from dft.data.selection import Catalogue, digests
+from dft.data.rejection_log import RejectionLog
+from dft.data.selection import Catalog, digests
 from dft.data.worker_pool import WorkerPool
 from dft.errors import UserError
 from dft.reading.files import DataFile, RawRow, read_rows
-from dft.reading.formats import Conversation, Rejected, RowReader
+from dft.reading.formats import Conversation, RejectedRow, RowReader
 
 ROWS_PER_TASK = 256
 CHARACTERS_PER_TASK = 1 << 21
@@ -39,9 +39,9 @@ class TokenSettings:
 # ---- refusing -----------------------------------------------------------------------------------
 
 
-def reject_untrainable(row: Conversation | Rejected) -> Conversation | Rejected:
+def reject_untrainable(row: Conversation | RejectedRow) -> Conversation | RejectedRow:
     """`row` itself, or its rejection if the assistant says nothing in it."""
-    if isinstance(row, Rejected):
+    if isinstance(row, RejectedRow):
         return row
     turns = [m for m in row.messages if m["role"] == "assistant"]
     if not turns:
@@ -51,9 +51,9 @@ def reject_untrainable(row: Conversation | Rejected) -> Conversation | Rejected:
     return row
 
 
-def reject(row: Conversation, reason: str, detail: str) -> Rejected:
+def reject(row: Conversation, reason: str, detail: str) -> RejectedRow:
     """The rejection of a well-formed row that can't be trained on."""
-    return Rejected(row.path, row.line, reason, detail, row.row, is_malformed=False)
+    return RejectedRow(row.path, row.line, reason, detail, row.row, is_malformed=False)
 
 
 # ---- reading ------------------------------------------------------------------------------------
@@ -67,14 +67,14 @@ class _Surveyed:
     valid: list[int]  # places among them
     content: list[int]  # digests of the valid rows
     prompt: list[int]
-    rejected: list[Rejected]
+    rejected: list[RejectedRow]
     has_weights: bool
 
 
 def _survey(_: TokenSettings, reader: RowReader, raw: list[RawRow]) -> _Surveyed:
     result = _Surveyed(len(raw), [], [], [], [], False)
     for i, row in enumerate(map(reject_untrainable, map(reader.read, raw))):
-        if isinstance(row, Rejected):
+        if isinstance(row, RejectedRow):
             result.rejected.append(row)
             continue
         content, prompt = digests(row)
@@ -103,8 +103,8 @@ def portions(reader: RowReader, wanted: np.ndarray | None = None) -> Iterator[tu
 
 
 def survey(
-    files: list[DataFile], readers: list[RowReader], pool: WorkerPool, rejected: RejectedRows, progress: bool
-) -> Catalogue:
+    files: list[DataFile], readers: list[RowReader], pool: WorkerPool, rejected: RejectionLog, progress: bool
+) -> Catalog:
     """Reads and validates all files; returns their valid rows, adds the others to `rejected`."""
     file, ordinal, content, prompt = [], [], [], []
     rows_read = [0] * len(files)
@@ -123,10 +123,10 @@ def survey(
             has_weights |= found.has_weights
             bar.update(found.num_rows)
     columns = (np.concatenate(column) for column in (file, ordinal, content, prompt))
-    return Catalogue(files, *columns, rows_read=rows_read, has_weights=has_weights)
+    return Catalog(files, *columns, rows_read=rows_read, has_weights=has_weights)
 
 
-# ---- tokenising ---------------------------------------------------------------------------------
+# ---- tokenizing ---------------------------------------------------------------------------------
 
 
 @dataclass
@@ -151,39 +151,39 @@ class Tokenized:
     weights: np.ndarray | None  # float32 [S]; None: 1 everywhere
     place: np.ndarray  # int64 [K], of the kept rows among those that were given
     rows: RowStatistics
-    rejected: list[Rejected]
+    rejected: list[RejectedRow]
 
 
 def tokenize_conversations(
     conversations: list[Conversation], chat_format: ChatFormat, max_length: int, truncation: Truncation = "right"
-) -> list[Example | Rejected]:
-    """Tokenises, labels and truncates conversations; for each, its tokens or why it has none.
+) -> list[Example | RejectedRow]:
+    """Tokenizes, labels and truncates conversations; for each, its tokens or why it has none.
 
     Args:
         max_length: in tokens.
         truncation: what longer rows lose; with error they are rejected as too_long, as with drop.
     """
-    results: list[Example | Rejected] = []
+    results: list[Example | RejectedRow] = []
     encoded = chat_format.encode_batch([(row.messages, row.tools, row.template_kwargs) for row in conversations])
     for row, example in zip(conversations, encoded, strict=True):
         try:
-            if isinstance(example, RowRejected):
+            if isinstance(example, RowError):
                 raise example
             results.append(truncate(example, max_length, "drop" if truncation == "error" else truncation))
-        except RowRejected as error:
+        except RowError as error:
             results.append(reject(row, error.reason, error.detail))
     return results
 
 
 def _tokenize(settings: TokenSettings, reader: RowReader, raw: list[RawRow]) -> Tokenized:
     rows = [reader.read(row) for row in raw]
-    if any(isinstance(row, Rejected) for row in rows):
+    if any(isinstance(row, RejectedRow) for row in rows):
         raise UserError(f"{reader.path} was changed while it was being read")
     results = tokenize_conversations(rows, settings.chat_format, settings.max_length, settings.truncation)
     return pack(results, rows)
 
 
-def pack(results: list[Example | Rejected], rows: list[Conversation]) -> Tokenized:
+def pack(results: list[Example | RejectedRow], rows: list[Conversation]) -> Tokenized:
     """Examples, and what is kept of the rows that they come from, as arrays."""
     places = [i for i, row in enumerate(results) if isinstance(row, Example)]
     examples = [results[i] for i in places]
@@ -207,7 +207,7 @@ def pack(results: list[Example | Rejected], rows: list[Conversation]) -> Tokeniz
         weights=weights,
         place=np.array(places, dtype=np.int64),
         rows=statistics,
-        rejected=[row for row in results if isinstance(row, Rejected)],
+        rejected=[row for row in results if isinstance(row, RejectedRow)],
     )
 
 
@@ -216,36 +216,36 @@ def _concatenate(arrays: list[np.ndarray]) -> np.ndarray:
 
 
 def tokenize_files(
-    catalogue: Catalogue,
+    catalog: Catalog,
     chosen: np.ndarray,
     readers: list[RowReader],
     pool: WorkerPool,
-    rejected: RejectedRows,
+    rejected: RejectionLog,
     path: Path,
     progress: bool,
 ) -> tuple[list[RowStatistics], np.ndarray]:
-    """Tokenises the rows `chosen` (bool [R]) of a catalogue and writes them to an Arrow file.
+    """Tokenizes the rows `chosen` (bool [R]) of a catalog and writes them to an Arrow file.
 
     Rows that can't be trained on are added to `rejected`.
 
     Returns:
-        for each file, what became of its rows; and the catalogue's index of every
+        for each file, what became of its rows; and the catalog's index of every
         row written, int64.
     """
     of_file: list[list[RowStatistics]] = [[] for _ in readers]
     written: list[np.ndarray] = []
-    schema = features(catalogue.has_weights).arrow_schema
+    schema = features(catalog.has_weights).arrow_schema
     bar = tqdm(
-        total=int(chosen.sum()), desc=f"Tokenising ({pool.num_workers} processes)", unit="row", disable=not progress
+        total=int(chosen.sum()), desc=f"Tokenizing ({pool.num_workers} processes)", unit="row", disable=not progress
     )
     with bar, pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, schema) as stream:
         for number, reader in enumerate(readers):
-            rows = np.flatnonzero(chosen & (catalogue.file == number))
-            wanted = np.zeros(catalogue.rows_read[number], dtype=bool)
-            wanted[catalogue.ordinal[rows]] = True
+            rows = np.flatnonzero(chosen & (catalog.file == number))
+            wanted = np.zeros(catalog.rows_read[number], dtype=bool)
+            wanted[catalog.ordinal[rows]] = True
             done = 0
             for (_, raw), result in pool.map(_tokenize, portions(reader, wanted) if len(rows) else ()):
-                stream.write_table(table(result, catalogue.has_weights))
+                stream.write_table(table(result, catalog.has_weights))
                 written.append(rows[done + result.place])
                 done += len(raw)
                 of_file[number].append(result.rows)
@@ -270,7 +270,7 @@ def merge(parts: list[RowStatistics]) -> RowStatistics:
 
 
 def features(has_weights: bool) -> Features:
-    """The columns of a tokenised dataset."""
+    """The columns of a tokenized dataset."""
     return Features({**TOKENS, **(WEIGHTS if has_weights else {})})
 
 

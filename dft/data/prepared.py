@@ -14,7 +14,7 @@ from dft.data.report import SampleRow
 
 @dataclass
 class PreparedData:
-    """The tokenised rows to train and to evaluate on, and what became of the others.
+    """The tokenized rows to train and to evaluate on, and what became of the others.
 
     The columns are input_ids and labels (int32 lists; -100 where nothing is supervised); where
     assistant turns are weighted, loss_weights (float32 lists); where there are channels, channel (int32).

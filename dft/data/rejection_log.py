@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Literal, TextIO
 
 from dft.errors import UserError
-from dft.reading.formats import Rejected
+from dft.reading.formats import RejectedRow
 
 DataValidation = Literal["standard", "strict", "lenient"]
 SHOWN_ERRORS = 20
 ASKED_FOR = ("duplicate", "leaked")
 
 
-class RejectedRows:
+class RejectionLog:
     """Rejected rows, of which the first few and the counts stay in memory.
 
     Args:
@@ -31,7 +31,7 @@ class RejectedRows:
 
     def __init__(self, path: Path, data_validation: DataValidation, truncation: str):
         self.reasons: dict[str, Counter[str]] = defaultdict(Counter)
-        self.first: dict[str, Rejected] = {}
+        self.first: dict[str, RejectedRow] = {}
         self._data_validation = data_validation
         self._truncation = truncation
         self._stopping: Counter[str] = Counter()  # reason -> rows
@@ -39,14 +39,14 @@ class RejectedRows:
         self._path = path
         self._file: TextIO | None = None
 
-    def __enter__(self) -> "RejectedRows":
+    def __enter__(self) -> "RejectionLog":
         self._file = open(self._path, "w", encoding="utf-8")
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._file.close()
 
-    def add(self, rows: Iterable[Rejected]) -> None:
+    def add(self, rows: Iterable[RejectedRow]) -> None:
         """Takes in more rows."""
         for row in rows:
             self._file.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
@@ -57,7 +57,7 @@ class RejectedRows:
                 if len(self._shown) < SHOWN_ERRORS:
                     self._shown.append(str(row))
 
-    def _stops(self, row: Rejected) -> bool:
+    def _stops(self, row: RejectedRow) -> bool:
         if row.reason == "too_long":
             return self._truncation == "error"
         if row.reason in ASKED_FOR:

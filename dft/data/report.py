@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from dft.labels import IGNORE_INDEX
 
 PERCENTILES = {"min": 0, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "p99": 99, "max": 100}
-GREEN, GREY, PLAIN = "\033[32m", "\033[90m", "\033[0m"
+GREEN, GRAY, PLAIN = "\033[32m", "\033[90m", "\033[0m"
 CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a terminal would obey it
 
 
@@ -39,7 +39,7 @@ class FileStatistics:
 
 @dataclass
 class SampleRow:
-    """One tokenised row to look at, and where it comes from."""
+    """One tokenized row to look at, and where it comes from."""
 
     path: str
     line: int
@@ -191,13 +191,13 @@ def runs(row: SampleRow, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, 
 
 
 def show_row(row: SampleRow, tokenizer: PreTrainedTokenizerBase, color: bool | None = None) -> str:
-    """The text of a row with what is supervised in green and the rest grey, or between [[ and ]] without colour.
+    """The text of a row with what is supervised in green and the rest gray, or between [[ and ]] without color.
 
     Args:
-        color: None for colour where stdout is a terminal and NO_COLOR is not set.
+        color: None for color where stdout is a terminal and NO_COLOR is not set.
     """
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR") if color is None else color
-    marks = ((GREY, PLAIN), (GREEN, PLAIN)) if color else (("", ""), ("[[", "]]"))
+    marks = ((GRAY, PLAIN), (GREEN, PLAIN)) if color else (("", ""), ("[[", "]]"))
     text = ""
     for part, is_supervised in runs(row, tokenizer):
         before, after = marks[is_supervised]

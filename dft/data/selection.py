@@ -19,7 +19,7 @@ MARKS_OF_TRAINING = ("weight", "train")  # keys of a message that don't make its
 
 
 @dataclass
-class Catalogue:
+class Catalog:
     """The valid rows of all files, in order: [R] rows."""
 
     files: list[DataFile]
@@ -33,7 +33,7 @@ class Catalogue:
 
 @dataclass
 class Selection:
-    """What becomes of the rows of a catalogue: bool [R] each."""
+    """What becomes of the rows of a catalog: bool [R] each."""
 
     train: np.ndarray
     evaluation: np.ndarray
@@ -64,7 +64,7 @@ def _digest(value: object) -> int:
 
 
 def select(
-    rows: Catalogue,
+    rows: Catalog,
     train_files: Iterable[int],
     eval_files: Iterable[int],
     *,

@@ -105,7 +105,7 @@ def chunked_dft_loss_sum(
     vocab_size: int,
     with_entropy: bool = False,
 ) -> tuple[Tensor, TokenStatistics]:
-    """As `fused_dft_loss_sum`, with any module as the head: adapters, quantised weights, hooks.
+    """As `fused_dft_loss_sum`, with any module as the head: adapters, quantized weights, hooks.
 
     The module is called for one chunk after the other, and once more for each in the backward pass.
 

@@ -160,7 +160,7 @@ def logit_transform(config: PretrainedConfig) -> LogitTransform:
 
 
 def _wrapping(head: nn.Module) -> str:
-    """What makes a head more than its weights: an adapter, quantised weights, hooks."""
+    """What makes a head more than its weights: an adapter, quantized weights, hooks."""
     if type(head) is not nn.Linear:
         return f"the head is a {type(head).__name__}"
     if "forward" in vars(head):

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from dft.chat.example import RowRejected
+from dft.chat.example import RowError
 from dft.chat.format import ChatFormat
 from dft.errors import UserError
 from dft.model.tokenizer import ERRORS, load_tokenizer
@@ -115,6 +115,6 @@ def find_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     try:
         labels = ChatFormat(tokenizer, train_on="last").encode(probe).labels
         ends.add(int(labels[labels >= 0][-1]))
-    except RowRejected:
+    except RowError:
         pass  # a template that doesn't take this conversation
     return sorted(ends - {None})

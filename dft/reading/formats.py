@@ -69,7 +69,7 @@ class Conversation:
 
 
 @dataclass
-class Rejected:
+class RejectedRow:
     """One row that is not trained on."""
 
     path: str
@@ -98,23 +98,23 @@ class RowReader:
     format: str
     role_map: dict[str, str]
 
-    def read(self, raw: RawRow) -> Conversation | Rejected:
+    def read(self, raw: RawRow) -> Conversation | RejectedRow:
         """The conversation that a row holds, or why it holds none."""
         if raw.reason is not None:
-            return Rejected(self.path, raw.line, raw.reason, raw.detail, raw.text, is_malformed=True)
+            return RejectedRow(self.path, raw.line, raw.reason, raw.detail, raw.text, is_malformed=True)
         try:
             row = parse(raw)
         except MalformedRow as error:
-            return Rejected(self.path, raw.line, "broken_json", str(error), raw.text, is_malformed=True)
+            return RejectedRow(self.path, raw.line, "broken_json", str(error), raw.text, is_malformed=True)
         text = raw.text or json.dumps(row, ensure_ascii=False, default=str)
         try:
             messages, tools, kwargs = self._conversation(row)
             channel = _channel(row.get("channel"))
             return Conversation(messages, tools or None, kwargs or None, self.path, raw.line, text, channel)
         except MalformedRow as error:
-            return Rejected(self.path, raw.line, "malformed_row", str(error), text, is_malformed=True)
+            return RejectedRow(self.path, raw.line, "malformed_row", str(error), text, is_malformed=True)
         except RecursionError:
-            return Rejected(self.path, raw.line, "malformed_row", "nested too deeply", text, is_malformed=True)
+            return RejectedRow(self.path, raw.line, "malformed_row", "nested too deeply", text, is_malformed=True)
 
     def _conversation(self, row: Any) -> tuple[list[dict[str, Any]], Any, Any]:
         """Messages, tools and template arguments of one parsed row."""
@@ -172,7 +172,7 @@ def detect_format(path: str) -> str:
 
 
 def read_file(path: str, data_format: str = "auto", role_map: dict[str, str] | None = None) -> Iterator:
-    """Every row of a file as a Conversation or a Rejected, in order.
+    """Every row of a file as a Conversation or a RejectedRow, in order.
 
     Raises:
         UserError: the file can't be opened.

@@ -1,4 +1,4 @@
-"""Segments are tokenised as the whole text is, by every kind of tokenizer, or the encoder knows that they aren't."""
+"""Segments are tokenized as the whole text is, by every kind of tokenizer, or the encoder knows that they aren't."""
 
 import json
 import random
@@ -274,7 +274,7 @@ def test_other_parts_of_a_tokenizer_are_not_cut():
 @pytest.mark.parametrize(
     "vocabulary", ["with blank", "without blank", "added blank", "suffix", "blank prefix", "unknown blank", "empty"]
 )
-def test_words_are_tokenised_together(vocabulary, monkeypatch):
+def test_words_are_tokenized_together(vocabulary, monkeypatch):
     added = [AddedToken("Ġx", normalized=False)] if vocabulary == "added blank" else []
     backend = split_bpe(CL100K, added=added).backend_tokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

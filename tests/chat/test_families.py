@@ -10,7 +10,7 @@ import re
 import numpy as np
 import pytest
 
-from dft.chat.format import ChatFormat, RowRejected
+from dft.chat.format import ChatFormat, RowError
 from examples.make_example_data import WEATHER_TOOL
 from tests.chat.families import FAMILIES, Oracle, runs, tokenizer
 
@@ -86,8 +86,8 @@ ROWS = {
     "tools, reasoning and a call": [user("Rome?"), calls(ROME, reasoning_content=THOUGHT), SUN, SUNNY],
     "tools, reasoning and an empty call": [user("Here?"), calls({}, reasoning_content=THOUGHT), SUN, SUNNY],
     "tools, reasoning in the text": [user("Rome?"), calls(ROME, text=INLINE), SUN, assistant(INLINE + "Sunny.")],
-    "tools, two calls": [user("?"), calls(ROME, OSLO), SUN, result('{"sky": "grey"}', 1), SUNNY],
-    "tools, two calls, one empty": [user("?"), calls(ROME, {}), SUN, result('{"sky": "grey"}', 1), SUNNY],
+    "tools, two calls": [user("?"), calls(ROME, OSLO), SUN, result('{"sky": "gray"}', 1), SUNNY],
+    "tools, two calls, one empty": [user("?"), calls(ROME, {}), SUN, result('{"sky": "gray"}', 1), SUNNY],
     **{f"answer {text!r}": [user(text + "Q" + text), assistant(text)] * 2 for text in TEXTS},
 }
 SHOWN_AS = {"tools, arguments as text": "tools"}  # templates are given arguments as objects
@@ -187,7 +187,7 @@ def test_the_oracle_shows_what_the_assistant_writes(name):
 
 
 def check_refused(chat_format: ChatFormat, messages: list[dict], tools: list | None, reason: str) -> None:
-    with pytest.raises(RowRejected) as caught:
+    with pytest.raises(RowError) as caught:
         chat_format.encode(messages, tools)
     assert caught.value.reason == reason
 
@@ -236,7 +236,7 @@ def test_random_chats_are_exact_or_refused(family, name):
         chat = random_chat(rng, tools=i % 2 == 1)
         try:
             example = chat_format.encode(chat, tools)
-        except RowRejected:
+        except RowError:
             continue
         ids, labels = oracle.encode(chat, tools)
         assert runs(oracle.tokenizer, example.input_ids, example.labels) == runs(oracle.tokenizer, ids, labels), chat

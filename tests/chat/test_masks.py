@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dft.chat.example import RowRejected, truncate
+from dft.chat.example import RowError, truncate
 from dft.chat.format import ChatFormat
 from examples.make_example_data import WEATHER_TOOL
 from tests.helpers import CHATML_TEMPLATE, THINKING_TEMPLATE
@@ -178,7 +178,7 @@ def test_control_tokens_in_keys_create_no_token(tokenizer, name):
 
 
 def test_characters_that_are_used_inside_reject_the_row(tokenizer):
-    with pytest.raises(RowRejected) as caught:
+    with pytest.raises(RowError) as caught:
         make_format(tokenizer, None).encode([user("a\ue0f0b"), assistant("A")])
     assert caught.value.reason == "private_use_character"
 
@@ -195,20 +195,20 @@ def test_columns_that_the_template_never_shows_are_named(tokenizer):
 
 def test_a_template_that_loses_a_turn_rejects_the_row(tokenizer):
     first_turn_only = CHATML_TEMPLATE.replace("for message in messages", "for message in messages[:2]")
-    with pytest.raises(RowRejected, match="2 assistant turns, 1 found") as caught:
+    with pytest.raises(RowError, match="2 assistant turns, 1 found") as caught:
         make_format(tokenizer, first_turn_only).encode([user("Q"), assistant("A"), user("Q"), assistant("B")])
     assert caught.value.reason == "unverified_mask"
 
 
 def test_a_template_that_changes_a_turn_rejects_the_row(tokenizer):
     shouting = CHATML_TEMPLATE.replace("+ message.content }}", "+ message.content | upper }}")
-    with pytest.raises(RowRejected, match="not in the render"):
+    with pytest.raises(RowError, match="not in the render"):
         make_format(tokenizer, shouting).encode([user("Q"), assistant("quiet")])
 
 
 def test_a_template_that_drops_a_message_rejects_the_row(tokenizer):
     without_system = CHATML_TEMPLATE.replace("{%- if message.role == 'tool' %}", "{%- if message.role == 'system' %}")
-    with pytest.raises(RowRejected) as caught:
+    with pytest.raises(RowError) as caught:
         make_format(tokenizer, without_system.replace("message.content + '\\n</tool_response>", "'")).encode(
             [system("S is here"), user("Q"), assistant("A")]
         )
@@ -217,13 +217,13 @@ def test_a_template_that_drops_a_message_rejects_the_row(tokenizer):
 
 def test_a_template_that_raises_rejects_the_row(tokenizer):
     picky = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML_TEMPLATE
-    with pytest.raises(RowRejected, match="no system role") as caught:
+    with pytest.raises(RowError, match="no system role") as caught:
         make_format(tokenizer, picky).encode([system("S"), user("Q"), assistant("A")])
     assert caught.value.reason == "template_error"
 
 
 def test_a_tagged_turn_without_an_end_rejects_the_row(tokenizer):
-    with pytest.raises(RowRejected) as caught:
+    with pytest.raises(RowError) as caught:
         make_format(tokenizer, TAGGED_BY_WORDS).encode([user("Q"), assistant("A")])
     assert caught.value.reason == "no_end_of_turn"
 
@@ -233,7 +233,7 @@ def test_a_template_without_control_tokens_is_exact_or_refused(tokenizer):
     template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
     chat_format = make_format(tokenizer, template)
     assert supervised(chat_format, [user("Q"), assistant("A b")]) == [" A b\n" + tokenizer.eos_token]
-    with pytest.raises(RowRejected, match="no end-of-turn token"):
+    with pytest.raises(RowError, match="no end-of-turn token"):
         chat_format.encode([user("Q"), assistant("A"), user("Q"), assistant("B")])
 
 
@@ -267,7 +267,7 @@ def test_truncation_never_teaches_a_stop(tokenizer):
     assert cut.is_truncated
     assert cut.num_supervised == example.num_supervised - 1
     assert end not in cut.labels
-    with pytest.raises(RowRejected) as caught:
+    with pytest.raises(RowError) as caught:
         truncate(example, int(np.flatnonzero(example.labels != -100)[0]))
     assert caught.value.reason == "nothing_left_after_truncation"
     assert not truncate(example, 10_000).is_truncated
@@ -287,7 +287,7 @@ def test_weights_of_messages(tokenizer):
     trained = example.labels != -100
     assert example.weights[trained].tolist() == [0.5, 0.5, 1.0, 1.0]
     assert chat_format.encode(chat[:2] + chat[4:]).weights is None
-    with pytest.raises(RowRejected) as caught:
+    with pytest.raises(RowError) as caught:
         chat_format.encode(chat[:2])
     assert caught.value.reason == "nothing_to_train_on"
 
@@ -309,7 +309,7 @@ def test_truncating_the_beginning_and_dropping(tokenizer):
     assert cut.input_ids.tolist() == example.input_ids[-4:].tolist()
     assert cut.labels.tolist() == example.labels[-4:].tolist()
     assert cut.weights.tolist() == example.weights[-4:].tolist()
-    with pytest.raises(RowRejected) as caught:
+    with pytest.raises(RowError) as caught:
         truncate(example, 4, "drop")
     assert caught.value.reason == "too_long"
     assert truncate(example, len(example.labels), "drop") is example

@@ -130,7 +130,7 @@ WRONG = {
     "warm-up ratio 1": (["--warmup_ratio", "1.0"], "--warmup_ratio is 1.0; it must be at least 0 and below 1"),
     "two warm-ups": (["--warmup_ratio", "0.1", "--warmup_steps", "5"], "give one"),
     "no safetensors": (["--save_safetensors", "False"], "only safetensors is written"),
-    "own normalisation": (["--average_tokens_across_devices", "False"], "normalised over the global batch"),
+    "own normalization": (["--average_tokens_across_devices", "False"], "normalized over the global batch"),
     "label smoothing": (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor 0.1: the DFT loss has none"),
     "batch size 0": (
         ["--per_device_train_batch_size", "0"],

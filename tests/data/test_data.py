@@ -1,4 +1,4 @@
-"""Reading, validating, merging, splitting, tokenising and reporting: nothing is lost or changed in silence."""
+"""Reading, validating, merging, splitting, tokenizing and reporting: nothing is lost or changed in silence."""
 
 import errno
 import json
@@ -24,7 +24,7 @@ from dft.data.page import write_page
 from dft.data.pipeline import reject_untrainable
 from dft.data.report import report_table, show_row
 from dft.errors import UserError
-from dft.reading.formats import Conversation, Rejected
+from dft.reading.formats import Conversation, RejectedRow
 from tests.helpers import CHATML_TEMPLATE, ROOT, run, write_jsonl
 
 
@@ -259,7 +259,7 @@ def test_samples_and_weights(tmp_path, prepare, tokenizer):
     assert [len(some) for some in data.training_lengths()] == [4, 25]
 
 
-# ---- tokenising ---------------------------------------------------------------------------------
+# ---- tokenizing ---------------------------------------------------------------------------------
 
 
 def test_a_killed_worker_ends_the_run(tmp_path, chat_format, monkeypatch, prepare):
@@ -331,7 +331,7 @@ def test_the_library_path_gives_the_same_tokens(tmp_path, prepare, chat_format):
         tmp_path / "a.jsonl", [chat("one"), {"messages": [{"role": "user", "content": "Q"}]}, chat("x")]
     )
     rows = list(load_conversations([str(path)]))
-    assert [type(row) for row in rows] == [Conversation, Rejected, Conversation]
+    assert [type(row) for row in rows] == [Conversation, RejectedRow, Conversation]
     dataset, rejected = tokenize_dataset(rows[::2], chat_format, max_length=512)
     assert dataset.to_dict() == prepare([path]).train.to_dict()
     assert rejected == []
@@ -344,7 +344,7 @@ def test_an_assistant_that_only_calls_tools_is_trainable():
     row = Conversation([{"role": "user", "content": "Q"}, turn], None, None, "p", 1, "")
     assert reject_untrainable(row) is row
     silent = Conversation([{"role": "assistant", "content": " "}], None, None, "p", 1, "")
-    assert isinstance(reject_untrainable(silent), Rejected)
+    assert isinstance(reject_untrainable(silent), RejectedRow)
 
 
 # ---- the cache ----------------------------------------------------------------------------------

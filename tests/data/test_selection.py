@@ -1,15 +1,15 @@
-"""Which rows are chosen: sampling, duplicates, leaks, the split and the mix, on random catalogues."""
+"""Which rows are chosen: sampling, duplicates, leaks, the split and the mix, on random catalogs."""
 
 import numpy as np
 import pytest
 
-from dft.data.selection import Catalogue, digests, hold_out, mix, select
+from dft.data.selection import Catalog, digests, hold_out, mix, select
 from dft.errors import UserError
 from dft.reading.files import DataFile
 from dft.reading.formats import Conversation
 
 
-def catalogue(num_rows: int = 400, num_files: int = 3, seed: int = 0, **file_settings) -> Catalogue:
+def catalog(num_rows: int = 400, num_files: int = 3, seed: int = 0, **file_settings) -> Catalog:
     """Rows of which many are equal, and more have equal prompts, spread over files."""
     rng = np.random.default_rng(seed)
     file = np.sort(rng.integers(num_files, size=num_rows)).astype(np.int32)
@@ -17,17 +17,17 @@ def catalogue(num_rows: int = 400, num_files: int = 3, seed: int = 0, **file_set
     content = prompt * np.uint64(2) + rng.integers(2, size=num_rows).astype(np.uint64)
     ordinal = np.concatenate([np.arange(n) for n in np.bincount(file, minlength=num_files)])
     files = [DataFile(f"{i}.jsonl", **file_settings) for i in range(num_files)]
-    return Catalogue(files, file, ordinal, content, prompt, np.bincount(file).tolist(), has_weights=False)
+    return Catalog(files, file, ordinal, content, prompt, np.bincount(file).tolist(), has_weights=False)
 
 
-def choose(rows: Catalogue, train=(0, 1, 2), evaluation=(), **settings):
+def choose(rows: Catalog, train=(0, 1, 2), evaluation=(), **settings):
     defaults = {"dedup": False, "drop_leaked": False, "validation_split_percentage": 0.0, "max_eval_samples": None}
     return select(rows, train, evaluation, **{**defaults, "seed": 0, **settings})
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_split_keeps_equal_prompts_on_one_side(seed):
-    rows = catalogue(seed=seed)
+    rows = catalog(seed=seed)
     chosen = choose(rows, validation_split_percentage=10, seed=seed)
     assert chosen.evaluation.sum() == 40
     assert (chosen.train ^ chosen.evaluation).all()
@@ -36,7 +36,7 @@ def test_a_split_keeps_equal_prompts_on_one_side(seed):
 
 
 def test_a_split_is_by_the_prompts_and_not_by_their_order():
-    rows = catalogue()
+    rows = catalog()
     everything = np.ones(400, dtype=bool)
     held_out = hold_out(rows.prompt, everything, 10, None, seed=0)
     turned = hold_out(rows.prompt[::-1], everything, 10, None, seed=0)
@@ -53,7 +53,7 @@ def test_a_split_of_one_prompt_is_refused():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_dedup_keeps_the_first_of_equal_rows(seed):
-    rows = catalogue(seed=seed)
+    rows = catalog(seed=seed)
     chosen = choose(rows, dedup=True)
     kept = rows.content[chosen.train]
     assert len(kept) == len(set(kept)) == len(set(rows.content))
@@ -65,7 +65,7 @@ def test_dedup_keeps_the_first_of_equal_rows(seed):
 
 
 def test_leaks_are_counted_and_dropped_on_request():
-    rows = catalogue()
+    rows = catalog()
     shared = np.isin(rows.prompt, rows.prompt[rows.file == 2]) & (rows.file != 2)
     kept = choose(rows, (0, 1), (2,))
     assert (kept.leaked == shared).all()
@@ -76,7 +76,7 @@ def test_leaks_are_counted_and_dropped_on_request():
 
 
 def test_sampling():
-    rows = catalogue(max_rows=10)
+    rows = catalog(max_rows=10)
     chosen = choose(rows)
     assert np.bincount(rows.file[chosen.train]).tolist() == [10, 10, 10]
     assert (chosen.train == choose(rows).train).all()

@@ -35,7 +35,7 @@ DS_CONFIGS = {"zero2": "ds_config/zero2.json", "zero3": "ds_config/zero3.json"}
 
 
 class MicroBatchMean(DFTTrainer):
-    """The mutant: every micro-batch is normalised by itself, and their means are averaged."""
+    """The mutant: every micro-batch is normalized by itself, and their means are averaged."""
 
     loss_is_scaled_for_ga = False
 

@@ -395,10 +395,10 @@ def test_two_processes_train_on_every_format_and_again_from_the_cache(train, tmp
         ("prompt_completion", 5),
     ]
     assert report["total"]["rejected"] == {"duplicate": 2}
-    assert "Tokenised data kept in" in first.stdout
+    assert "Tokenized data kept in" in first.stdout
     losses = [record["loss"] for record in read_log(tmp_path / "out") if "loss" in record]
     second = train(*settings, "--output_dir", tmp_path / "again", LAUNCHER="torchrun", DS_CONFIG="")
-    assert "Tokenised data from the cache" in second.stdout
+    assert "Tokenized data from the cache" in second.stdout
     assert [record["loss"] for record in read_log(tmp_path / "again") if "loss" in record] == losses
 
 

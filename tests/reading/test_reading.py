@@ -11,7 +11,7 @@ import pytest
 
 from dft.errors import UserError
 from dft.reading.files import DataFile, find_data_files, read_rows
-from dft.reading.formats import Conversation, Rejected, detect_format, read_file
+from dft.reading.formats import Conversation, RejectedRow, detect_format, read_file
 from tests.helpers import write_jsonl
 
 
@@ -37,7 +37,7 @@ def write(path: Path, content: bytes) -> Path:
     return path
 
 
-def read(path: Path, *args) -> list[Conversation | Rejected]:
+def read(path: Path, *args) -> list[Conversation | RejectedRow]:
     return list(read_file(str(path), *args))
 
 

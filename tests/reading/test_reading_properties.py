@@ -22,7 +22,7 @@ from hypothesis.configuration import set_hypothesis_home_dir
 
 from dft.reading import files as data_files
 from dft.reading.files import read_rows
-from dft.reading.formats import ROLES, Conversation, Rejected
+from dft.reading.formats import ROLES, Conversation, RejectedRow
 from tests.reading.test_reading import MARK, read, write
 
 set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")
@@ -203,7 +203,7 @@ def test_damage_is_said_and_changes_no_other_row(folder, some, style, changes):
     for row in found:
         assert row.path == str(path)
         assert 1 <= row.line <= len(lines) + 1
-        if isinstance(row, Rejected):
+        if isinstance(row, RejectedRow):
             assert row.reason
             assert str(row) == f"{path}:{row.line}: {row.detail}"
             continue
@@ -230,7 +230,7 @@ def test_damage_to_a_compressed_file_raises_nothing(folder, some, style, changes
         path = write(folder / f"packed{suffix}", whole)
         path.write_bytes(damage(path.read_bytes(), changes)[0])
         for row in read(path):
-            assert isinstance(row, Rejected) or same(row.messages, json.loads(row.row)["messages"])
+            assert isinstance(row, RejectedRow) or same(row.messages, json.loads(row.row)["messages"])
 
 
 @thorough

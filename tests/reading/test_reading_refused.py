@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from dft.reading import files as data_files
-from dft.reading.formats import Conversation, Rejected
+from dft.reading.formats import Conversation, RejectedRow
 from tests.reading.test_reading import INDENTED, MARK, OTHER, ROW, chat, line, questions, read, write, zstandard
 
 
@@ -25,9 +25,9 @@ def calls(*tool_calls) -> bytes:
     return row({"role": "assistant", "content": "", "tool_calls": list(tool_calls)})
 
 
-def refused(rows: list) -> Rejected:
+def refused(rows: list) -> RejectedRow:
     """The only row that was refused."""
-    (rejected,) = [r for r in rows if isinstance(r, Rejected)]
+    (rejected,) = [r for r in rows if isinstance(r, RejectedRow)]
     assert rejected.is_malformed
     assert str(rejected) == f"{rejected.path}:{rejected.line}: {rejected.detail}"
     return rejected
