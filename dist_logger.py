@@ -1,15 +1,13 @@
-"""Logging that knows its rank.
+"""Rank-aware logging.
 
-Modules only call `get_logger(__name__)`. Handlers are installed once, by `setup_logging` in main; the
-rank is read when a record is emitted, so it is true however late the process group starts.
+Modules only get a logger: those of the package by logging.getLogger(__name__), which lies below "dft", the files of
+the top level by `get_logger`. Handlers are installed once, by `setup_logging` in main; the rank is read when a record
+is emitted, so it is right however late the process group starts.
 """
 
 import logging
 import warnings
 from pathlib import Path
-
-import datasets
-import transformers
 
 from dft.errors import UserError
 from dft.program import rank_and_world_size
@@ -18,12 +16,12 @@ ROOT_NAME = "dft"
 
 
 def get_logger(name: str) -> logging.Logger:
-    """The logger of a module of this project."""
+    """The logger of a module outside the package: a child of the package's logger."""
     return logging.getLogger(f"{ROOT_NAME}.{name}")
 
 
 class RankFilter(logging.Filter):
-    """Stamps every record with its rank; on ranks above 0 lets only errors pass if `only_rank_0`."""
+    """Adds the rank to every record; with `only_rank_0`, ranks above 0 let only errors pass."""
 
     def __init__(self, only_rank_0: bool):
         super().__init__()
@@ -35,11 +33,11 @@ class RankFilter(logging.Filter):
 
 
 def setup_logging(log_file: str | Path | None = None, only_rank_0: bool = True, debug: bool = False) -> None:
-    """Sends this project's records to stderr, and those of rank 0 also to `log_file`. Call it once, in main.
+    """Installs the handlers: records go to stderr, and those of rank 0 also to `log_file`. Call it once, in main.
 
     Args:
         log_file: appended to, by rank 0 alone; its directory is made. None for no file.
-        only_rank_0: other ranks speak only of errors; False lets every rank speak at info level.
+        only_rank_0: other ranks log errors alone; False lets every rank log at info level.
         debug: show debug records too.
 
     Raises:
@@ -69,7 +67,10 @@ def setup_logging(log_file: str | Path | None = None, only_rank_0: bool = True, 
 
 
 def quiet_libraries(progress_bars: bool) -> None:
-    """Silences what libraries say that no user can act on; on ranks above 0 all warnings and progress bars."""
+    """Silences messages of libraries that no user can act on; on ranks above 0 all warnings and progress bars."""
+    import datasets
+    import transformers
+
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if rank_and_world_size()[0] > 0:
         warnings.filterwarnings("ignore")

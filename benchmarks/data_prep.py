@@ -1,6 +1,6 @@
 """How long preparing data takes, beside the tokenizer alone, Lauorie/DFT's recipe and TRL's SFTTrainer.
 
-    pip install -r pyproject.toml
+    pip install -e .[bench] -c constraints.txt
     python benchmarks/data_prep.py            # writes benchmarks/results/data_prep.md and .json
     python benchmarks/data_prep.py --quick    # a small corpus, under 2 minutes on 2 cores, writes nothing
 
@@ -173,13 +173,13 @@ def main() -> None:
     parser.add_argument("--patience", type=float, help="seconds to wait for a quiet machine (default 120; quick 2)")
     args = parser.parse_args()
     if vocabulary_file() is None:
-        parser.error("the vocabulary of mistral-common is needed: pip install -r pyproject.toml")
+        parser.error("the vocabulary of mistral-common is needed: pip install -e .[bench] -c constraints.txt")
     rows = args.rows or (800 if args.quick else 8000)
     rounds = args.rounds or (1 if args.quick else 5)
     patience = args.patience if args.patience is not None else (2 if args.quick else 120)
     with_trl = installed("trl") is not None
     if not with_trl:
-        print("TRL is not installed and is left out: pip install -r pyproject.toml")
+        print("TRL is not installed and is left out: pip install -e .[bench] -c constraints.txt")
     with tempfile.TemporaryDirectory(prefix="data-prep-") as directory:
         work = Path(directory)
         make_tokenizer(work / "tokenizer")

@@ -78,7 +78,7 @@ def load_tokenizer(work: Path) -> tuple[Any, float]:
 
 def limit(work: Path, path: Path, num_proc: int, method: str = "encode_batch") -> dict[str, Any]:
     """The tokenizer alone: one call for all texts, rendered before."""
-    from dft.reading.files import read_rows
+    from dft.reading.raw_rows import read_rows
 
     tokenizer, _ = load_tokenizer(work)
     rows = [json.loads(row.text)["messages"] for row in read_rows(str(path))]
@@ -110,22 +110,21 @@ def cached(work: Path, path: Path, num_proc: int) -> dict[str, Any]:
 def _prepare(work: Path, path: Path, num_proc: int, cache: Path) -> dict[str, Any]:
     from data_utils import prepare_data
     from dft.chat.format import ChatFormat
+    from dft.config.data import DataConfig
 
     tokenizer, loading = load_tokenizer(work)
     start = time.perf_counter()
     chat_format = ChatFormat(tokenizer)
     construction = time.perf_counter() - start
     clock = Clock()
-    data = prepare_data(
+    config = DataConfig(
         [str(path)],
-        None,
-        chat_format,
         max_length=MAX_LENGTH,
         validation_split_percentage=0,
-        num_workers=num_proc,
-        cache_dir=cache,
-        progress=False,
+        preprocessing_num_workers=num_proc,
+        data_cache_dir=str(cache),
     )
+    data = prepare_data(config, chat_format, progress=False)
     times = clock.stop() | {"since_start": _age(), "loading": loading, "construction": construction}
     return times | counts_of_dataset(data.train)
 

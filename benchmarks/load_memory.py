@@ -1,6 +1,6 @@
 """How much memory preparing a large file takes: one of JSON lines, and one that is a single JSON array.
 
-    pip install -r pyproject.toml
+    pip install -e .[bench] -c constraints.txt
     python benchmarks/load_memory.py            # files of 1 GB; writes benchmarks/results/load_memory.md and .json
     python benchmarks/load_memory.py --quick    # files of 40 MB, under 2 minutes, writes nothing
 
@@ -51,19 +51,18 @@ def prepare(path: Path, num_proc: int) -> None:
 
     from data_utils import prepare_data
     from dft.chat.format import ChatFormat
+    from dft.config.data import DataConfig
 
     chat_format = ChatFormat(AutoTokenizer.from_pretrained(path.parent / "tokenizer"))
     before = psutil.Process().memory_info().rss
     start = time.perf_counter()
-    data = prepare_data(
+    config = DataConfig(
         [str(path)],
-        None,
-        chat_format,
         validation_split_percentage=0,
-        num_workers=num_proc,
-        cache_dir=path.parent / "cache",
-        progress=False,
+        preprocessing_num_workers=num_proc,
+        data_cache_dir=str(path.parent / "cache"),
     )
+    data = prepare_data(config, chat_format, progress=False)
     seconds = time.perf_counter() - start
     total = data.report["total"]
     print(
@@ -153,7 +152,7 @@ def main() -> None:
         prepare(args.prepare, args.num_proc[0])
         return
     if vocabulary_file() is None:
-        parser.error("the vocabulary of mistral-common is needed: pip install -r pyproject.toml")
+        parser.error("the vocabulary of mistral-common is needed: pip install -e .[bench] -c constraints.txt")
     size = (args.megabytes or (40 if args.quick else 1000)) * 1_000_000
     results = []
     for shape in SHAPES:

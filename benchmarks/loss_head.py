@@ -1,6 +1,6 @@
 """Time and memory of the DFT loss with its gradients, beside its peers and three bare matrix products.
 
-    pip install -r pyproject.toml
+    pip install -e .[bench] -c constraints.txt
     python benchmarks/loss_head.py                  # writes benchmarks/results/loss_head_cpu.md, .json and .png
     python benchmarks/loss_head.py --quick          # one small case, under 2 minutes on 2 cores, writes nothing
     python benchmarks/loss_head.py --device cuda    # 16 bits, large vocabularies; Liger too

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dft.loss.from_logits import TokenWeight
 from dft.loss.fused import fused_dft_loss_sum
+from dft.loss.token_weight import TokenWeight
 
 Way = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 

@@ -1,6 +1,6 @@
 """What metrics, records and curves cost, as a share of the step's time, beside TRL's SFTTrainer.
 
-    pip install -r pyproject.toml
+    pip install -e .[bench] -c constraints.txt
     python benchmarks/metrics_cost.py                # writes benchmarks/results/metrics_cost_cpu.md and .json
     python benchmarks/metrics_cost.py --quick        # under 2 minutes on 2 cores, writes nothing
     python benchmarks/metrics_cost.py --device cuda --size 0.6b --steps 40 --rows 16
@@ -102,8 +102,8 @@ def describe(found: Found, about: dict[str, Any], result: dict[str, float], args
 - Metrics in every second step only: a step with a record took {result["turns"]:.3f} times as long as its neighbor
   without metrics (median; by chance {result["turns_low"]:.3f} to {result["turns_high"]:.3f}).
 - Entropy is computed with the loss, inside the forward pass: it is in the time of the step and not in its share.
-- TRL records entropy, accuracy and tokens; ours are those of the README, also of 4 sources, with train_log.jsonl and
-  a line for each record. On a processor nothing waits for a device; on a GPU that is what costs.
+- TRL records entropy, accuracy and tokens; ours are those of docs/metrics.md, also of 4 sources, with train_log.jsonl
+  and a line for each record. On a processor nothing waits for a device; on a GPU that is what costs.
 - No measurement waited longer than {args.patience:g} s for a share of the machine below {MAX_OTHERS:.0%}.""",
         ]
     )

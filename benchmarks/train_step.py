@@ -1,6 +1,6 @@
 """Tokens a second of a whole training step, beside the original's recipe and TRL's SFTTrainer; and of packing alone.
 
-    pip install -r pyproject.toml
+    pip install -e .[bench] -c constraints.txt
     python benchmarks/train_step.py                           # writes benchmarks/results/train_step_cpu.md and .json
     python benchmarks/train_step.py --quick                   # under 2 minutes on 2 cores, writes nothing
     python benchmarks/train_step.py --device cuda --size 0.6b --steps 20 --rows_per_step 64

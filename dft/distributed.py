@@ -1,4 +1,4 @@
-"""Starting the processes of a run, with or without a GPU, and work that one process does for its node."""
+"""Process groups: joined for DeepSpeed without a GPU too, and work that one process does for its whole node."""
 
 import os
 import socket
@@ -13,11 +13,8 @@ from accelerate import PartialState
 from dft.errors import UserError
 
 T = TypeVar("T")
-USER_ERROR_STATUS = 2
-SECONDS_TO_SAY_IT = 30.0  # that rank 0 may be behind the others
-
-# Preparing data may take hours on one process; the others must not give up
-PATIENCE = timedelta(days=7)
+# Preparing data may take one process hours, and the default of 30 minutes would end the others that wait for it.
+NODE_WORK_TIMEOUT = timedelta(days=7)
 
 
 def has_accelerator() -> bool:
@@ -26,14 +23,18 @@ def has_accelerator() -> bool:
 
 
 def join_for_deepspeed() -> dict[str, bool]:
-    """Joins the process group for DeepSpeed before TrainingArguments does; returns its `accelerator_config`.
+    """Joins the process group for DeepSpeed, before TrainingArguments would join another one.
 
-    Without an accelerator, TrainingArguments takes the process for plain multi-CPU training and
-    DeepSpeed for a run of one process. Joined here under accelerate's DeepSpeed flag, over gloo, both
-    see the same ranks. A program started without a launcher becomes a group of one.
+    Without an accelerator, TrainingArguments takes the process for plain multi-CPU training, and DeepSpeed takes it
+    for a run of one process. If it has joined over gloo and under accelerate's DeepSpeed flag, both see the same
+    ranks. A program that was started without a launcher becomes a group of one.
 
-    DeepSpeed's reduction for inference is kept from starting: where the launcher tells it, by LOCAL_SIZE, that all
-    ranks share a machine, it leaves 64 MiB a rank in /dev/shm, which is memory, until the machine is restarted.
+    DeepSpeed's shared-memory reduction, meant for inference, is kept from starting. Where the launcher says by
+    LOCAL_SIZE that all ranks share a machine, it would leave 64 MiB per rank in /dev/shm, which is memory, until the
+    machine is restarted.
+
+    Returns:
+        The `accelerator_config` that TrainingArguments needs; empty with an accelerator.
     """
     if "LOCAL_RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
@@ -48,23 +49,26 @@ def join_for_deepspeed() -> dict[str, bool]:
 
 
 def free_port() -> str:
-    """A TCP port that nothing listens on at the moment."""
+    """Finds a TCP port of this machine that nothing listens on at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
 
 
 def once_per_node(work: Callable[[], T]) -> T:
-    """What `work` returns, run on the first process of every node; on all ranks when it is done everywhere.
+    """Calls `work` on the first process of every node, and returns its result on all processes of the node.
 
-    The others wait without a time-out and without touching a device. A UserError on any node is
-    raised on every rank.
+    The others wait until it is done on all nodes, over gloo, so that no device is busy waiting. All ranks must call
+    this together.
+
+    Raises:
+        UserError: on every rank, if `work` raised one on any node.
     """
     state = PartialState()
     group = None
     if state.num_processes > 1:
-        group = dist.new_group(backend="gloo", timeout=PATIENCE)
-    outcome: tuple[str | None, T | None] = (None, None)  # error, result
+        group = dist.new_group(backend="gloo", timeout=NODE_WORK_TIMEOUT)
+    outcome: tuple[str | None, T | None] = (None, None)  # (error message, result)
     if state.is_local_main_process:
         try:
             outcome = (None, work())

@@ -1,4 +1,4 @@
-"""Output directories, checked before anything is computed for them."""
+"""Output directories: made and checked before anything is computed that would be written there."""
 
 import os
 from pathlib import Path
@@ -7,10 +7,13 @@ from dft.errors import UserError
 
 
 def make_directory(path: str, flag: str) -> Path:
-    """Makes a directory that is written to. Every rank does it, so that all find out together if they can't.
+    """Makes a directory for output, if it doesn't exist. Every rank does it, so that all stop if it can't be used.
 
     Args:
-        flag: the setting that names it, for the error.
+        flag: the setting that names the directory, for the error message.
+
+    Returns:
+        The directory.
 
     Raises:
         UserError: it can't be made or written to.

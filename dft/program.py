@@ -1,35 +1,45 @@
-"""The frame of every command-line program: exit status, one message for a user's mistake, a clean end."""
+"""The frame of every command-line program: exit status, one message for a user's mistake, a clean end.
+
+Imports neither torch nor transformers, which take seconds, so that --help and mistakes are answered at once.
+"""
 
 import atexit
 import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import NoReturn
 
 from dft.errors import UserError
 
 USER_ERROR_STATUS = 2
-ERROR_GRACE_SECONDS = 30.0  # other ranks wait so long for rank 0's message
+ERROR_GRACE_SECONDS = 30.0  # other ranks wait this long for rank 0's message before they print their own
 
 
 def rank_and_world_size() -> tuple[int, int]:
     """This process's rank and the number of processes: the process group's, else the launcher's, else 0 of 1."""
-    dist = sys.modules.get("torch.distributed")  # not imported here: it takes seconds
-    if dist is not None and dist.is_available() and dist.is_initialized():
+    dist = _process_group()
+    if dist is not None:
         return dist.get_rank(), dist.get_world_size()
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-@contextmanager
-def program():
-    """Around a whole program: leaves the process group at its end, and makes a UserError its one message.
+def _process_group() -> ModuleType | None:
+    """The module torch.distributed if this process has joined a group, without importing it; else None."""
+    dist = sys.modules.get("torch.distributed")
+    return dist if dist is not None and dist.is_available() and dist.is_initialized() else None
 
-    A UserError ends the program with status 2 and is printed on stderr by rank 0. Other ranks wait for that: a
-    launcher ends all of them when one has ended, so that the first to end must be the one that says why. Only
-    where nobody ends them do they say it themselves. Other exceptions pass.
-    The process ends here: nothing that follows is run.
+
+@contextmanager
+def program() -> Iterator[None]:
+    """Runs a whole program: turns a UserError into one message, leaves the process group, and ends the process.
+
+    A UserError ends the program with status 2, and rank 0 prints its message on stderr. A launcher kills all ranks as
+    soon as one has ended, so the others wait for rank 0 to end first; they print the message themselves only if
+    nothing has killed them by then. Other exceptions pass through. Nothing that follows in the file is run.
     """
     status = 0
     try:
@@ -39,19 +49,19 @@ def program():
             time.sleep(ERROR_GRACE_SECONDS)
         print(f"error: {error}", file=sys.stderr, flush=True)
         status = USER_ERROR_STATUS
-    dist = sys.modules.get("torch.distributed")
-    if dist is not None and dist.is_available() and dist.is_initialized():
+    dist = _process_group()
+    if dist is not None:
         dist.destroy_process_group()
     end_process(status)
 
 
 def end_process(status: int) -> NoReturn:
-    """Ends the process as the interpreter would, but for taking itself apart.
+    """Ends the process as the interpreter would, but without finalizing the interpreter.
 
-    A thread of a library (gloo's, autograd's) that asks for the interpreter's lock while it is taken
-    apart aborts the process: now and then, a run that has done all its work would end as failed.
+    A library's thread (gloo's, autograd's) that asks for the interpreter's lock during finalization aborts the
+    process, so that now and then a run that has done all its work would end as failed.
     """
-    threading._shutdown()  # waits for threads, as at any end
+    threading._shutdown()  # waits for other threads, as the interpreter does at its end
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

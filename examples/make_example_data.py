@@ -1,9 +1,9 @@
-"""Write the example conversations in examples/data/: small, original, English and Chinese, always the same.
+"""Generate the example conversations in examples/data/: small, original, in English and Chinese, always the same.
 
-    python scripts/make_example_data.py examples/data
+    python examples/make_example_data.py examples/data
 
-Four files on purpose unlike one another: lines and an array, a system prompt, several turns, tool calls,
-reasoning, and columns (id, meta) whose types clash between files.
+The four files differ on purpose, to show what the loader accepts: JSON lines and a JSON array, a system prompt,
+several turns, tool calls, reasoning, and columns (id, meta) whose types clash between files.
 """
 
 import argparse
@@ -54,11 +54,16 @@ Message = dict[str, Any]
 
 
 def say(role: str, content: str | None, **more: Any) -> Message:
+    """A message of a conversation.
+
+    Args:
+        more: other keys of the message, such as tool_calls.
+    """
     return {"role": role, "content": content, **more}
 
 
 def facts_en() -> list[dict[str, Any]]:
-    """A system prompt and one turn; `id` is a number, `meta` an object."""
+    """Facts with a system prompt, one turn each; `id` is a number, `meta` an object."""
     system = say("system", "You are a helpful assistant who answers in one short sentence.")
     questions = []
     for country, city in CAPITALS.items():
@@ -78,7 +83,7 @@ def facts_en() -> list[dict[str, Any]]:
 
 
 def dialogues_zh() -> list[dict[str, Any]]:
-    """Several turns; `id` is text, `meta` a list."""
+    """Chinese dialogues of one to three turns; `id` is a string, `meta` a list."""
     rows = []
     antonyms = list(ANTONYMS_ZH.items())
     for i, (word, opposite) in enumerate(antonyms):
@@ -107,7 +112,7 @@ def dialogues_zh() -> list[dict[str, Any]]:
 
 
 def tools_en() -> list[dict[str, Any]]:
-    """A tool is called, answers, and is reported; `meta` is text, and there is no `id`."""
+    """Conversations in which the assistant calls a tool and reports its answer; `meta` is a string, `id` missing."""
     rows = []
     for i, city in enumerate(CITIES):
         for j in range(4):
@@ -124,7 +129,7 @@ def tools_en() -> list[dict[str, Any]]:
 
 
 def reasoning_en() -> list[dict[str, Any]]:
-    """The assistant thinks before it answers; `id` is a fraction, `meta` is missing in some rows."""
+    """Products that the assistant computes before it answers; `id` is a fraction, `meta` is missing in some rows."""
     rows = []
     for a in range(2, 12):
         for b in range(2, 12):
@@ -136,6 +141,7 @@ def reasoning_en() -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    """Writes the four files to the directory of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output_dir", type=Path)
     directory = parser.parse_args().output_dir

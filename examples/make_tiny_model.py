@@ -1,9 +1,9 @@
 """Make a small Qwen3-architecture model with random weights and a byte-level BPE tokenizer with ChatML tokens.
 
-    python scripts/make_tiny_model.py outputs/tiny-random --data examples/data
+    python examples/make_tiny_model.py outputs/tiny-random --data examples/data
 
-Nothing is downloaded, and the same arguments give the same model. The tokenizer learns its merges from
-the text of the data files.
+Nothing is downloaded, and the same arguments give the same model. The tokenizer learns its merges from the text of the
+data files.
 """
 
 import argparse
@@ -16,11 +16,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, logging
 
 CONTROL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-TAG_TOKENS = ["<think>", "</think>", "<tool_call>", "</tool_call>"]  # not control tokens: assistants write them
+# single tokens, but not control tokens, because they are part of the text that assistants write
+TAG_TOKENS = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
 
 
 def texts(directory: Path) -> Iterator[str]:
-    """All strings of all JSON files of a directory, in order."""
+    """Yields all strings in the JSON and JSONL files of a directory, in the order of their names."""
     for path in sorted(directory.glob("*.json*")):
         content = path.read_text(encoding="utf-8")
         rows = json.loads(content) if content.lstrip()[0] == "[" else [json.loads(x) for x in content.splitlines()]
@@ -28,7 +29,7 @@ def texts(directory: Path) -> Iterator[str]:
 
 
 def strings(value: object) -> Iterator[str]:
-    """The strings inside a JSON value."""
+    """Yields the strings inside a JSON value, but not the keys of objects."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -39,7 +40,14 @@ def strings(value: object) -> Iterator[str]:
 
 
 def make_tokenizer(corpus: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer without a chat template; turns end with <|im_end|>."""
+    """Trains a byte-level BPE tokenizer whose turns end with <|im_end|>.
+
+    It has no chat template, so that training uses the built-in ChatML template.
+
+    Args:
+        corpus: texts to learn merges from.
+        vocab_size: tokens, including special ones.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -66,7 +74,7 @@ def make_tokenizer(corpus: Iterator[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def make_model(vocab_size: int, hidden_size: int, num_layers: int, seed: int = 0) -> Qwen3ForCausalLM:
-    """A Qwen3 model with random float32 weights."""
+    """Makes a Qwen3 model with random float32 weights."""
     config = Qwen3Config(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -87,6 +95,7 @@ def make_model(vocab_size: int, hidden_size: int, num_layers: int, seed: int = 0
 
 
 def main() -> None:
+    """Writes the model and its tokenizer to the directory of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--data", type=Path, required=True, help="directory of .json and .jsonl files")

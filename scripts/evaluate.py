@@ -15,23 +15,22 @@ import tempfile
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
+from data_utils import prepare_on_each_node
 from dft.batching.collators import PaddingCollator
 from dft.chat.format import ChatFormat
-from dft.config.arguments import DataArguments, DFTArguments
+from dft.config.data import FORMATS, Channels, DataConfig, DataValidation
+from dft.config.loss import LossConfig
+from dft.config.metrics import MetricsConfig
 from dft.config.training import DFTTrainingArguments
-from dft.data.channels import Channels
 from dft.data.prepared import PreparedData
-from dft.data.rejection_log import DataValidation
 from dft.data.report import aligned
 from dft.distributed import has_accelerator
 from dft.errors import UserError
 from dft.model.trained import DTYPES, TrainedModel, load_trained
 from dft.program import program
-from dft.reading.formats import FORMATS
 from dft.tracking.run_info import read_run
 from dft_trainer import DFTTrainer
 from dist_logger import quiet_libraries, setup_logging
-from train_dft import loss_settings, prepare_rows
 
 T = TypeVar("T")
 COLUMNS = {"CE": "ce_loss", "perplexity": "perplexity", "p_correct": "avg_p_correct", "accuracy": "acc"}
@@ -46,10 +45,9 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as directory:
         training = training_arguments(args, run.get("training", {}), directory)  # first: it joins the other ranks
         trained = load_trained(args.model, "cpu", args.dtype, args.trust_remote_code)
-        data_args = data_arguments(args, run.get("data", {}))
-        chat_format = ChatFormat(trained.tokenizer, data_args.train_on, data_args.mask_thinking)
-        channels = args.channels or run.get("logging", {}).get("channels", "auto")
-        data = prepare_rows(data_args, chat_format, channels, training.seed, progress=False)
+        config = data_config(args, run.get("data", {}))
+        chat_format = ChatFormat(trained.tokenizer, config.train_on, config.mask_thinking)
+        data = prepare_on_each_node(config, chat_format, seed=training.seed)
         metrics = evaluate(training, trained, data, run)
     if training.process_index != 0:
         return
@@ -107,7 +105,7 @@ def training_arguments(args: argparse.Namespace, precision: dict[str, bool], dir
     )
 
 
-def data_arguments(args: argparse.Namespace, settings: dict[str, Any]) -> DataArguments:
+def data_config(args: argparse.Namespace, settings: dict[str, Any]) -> DataConfig:
     """The flags of the data that a run was started with, for all rows of other files.
 
     Raises:
@@ -115,9 +113,9 @@ def data_arguments(args: argparse.Namespace, settings: dict[str, Any]) -> DataAr
     """
     other = {"data_files": args.data_files, "eval_data_files": None, "data_weights": None, "data_cache_dir": None}
     every_row = {"dedup": False, "drop_leaked": False, "validation_split_percentage": 0.0, "overwrite_cache": False}
-    flags = ("data_format", "data_validation", "max_length")
+    flags = ("data_format", "data_validation", "max_length", "channels")
     given = {name: getattr(args, name) for name in flags if getattr(args, name) is not None}
-    return flags_of_run(DataArguments, settings | other | every_row | given)
+    return flags_of_run(DataConfig, settings | other | every_row | given)
 
 
 def flags_of_run(cls: type[T], settings: dict[str, Any]) -> T:
@@ -147,19 +145,20 @@ def evaluate(
     Args:
         run: see read_run; without the settings of the loss, what depends on them is left out.
     """
-    own = loss_settings(flags_of_run(DFTArguments, run["dft"]), trained.tokenizer) if "dft" in run else {}
+    has_loss = "dft" in run
     trainer = Evaluation(
         trained.model,
         training,
-        **own,
+        loss=flags_of_run(LossConfig, run["dft"]) if has_loss else None,
+        metrics=MetricsConfig(log_entropy=run.get("logging", {}).get("log_entropy", False)),
         channels=data.channels,
-        log_entropy=run.get("logging", {}).get("log_entropy", False),
+        processing_class=trained.tokenizer,
         data_collator=PaddingCollator(trained.tokenizer),
         eval_dataset=data.train,
     )
     metrics = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
     names = ("ce_loss", "perplexity", "avg_p_correct", "acc", "p_below_0.01", "p_above_0.99", "entropy")
-    kept = (*names, "loss", "mean_weight") if own else names
+    kept = (*names, "loss", "mean_weight") if has_loss else names
     return {key: value for key, value in metrics.items() if key in kept or key.startswith("channel/")}
 
 

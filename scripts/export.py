@@ -1,10 +1,10 @@
-"""Write a trained model as a directory of its own, to serve, share or quantize it.
+"""Export a trained model to a directory of its own, to serve, share or quantize it.
 
     python scripts/export.py outputs/my-lora --output outputs/my-model                  # adapter merged into its base
     python scripts/export.py outputs/dft/checkpoint-200 --output outputs/my-model --dtype bfloat16
 
-Written are the weights as safetensors, the tokenizer with its chat template, and a generation config that knows the
-tokens that end an answer. A README.md beside the model is copied.
+It gets the weights as safetensors, the tokenizer with its chat template, a generation config with the tokens that end
+an answer, and the README.md beside the model, if there is one.
 """
 
 import argparse
@@ -22,19 +22,24 @@ from dft.program import program
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Loads the model, merges an adapter, and writes the directory.
+
+    Raises:
+        UserError: a flag outside its range, a model that can't be loaded, or an output that can't be written.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="directory of an adapter, a model or a checkpoint")
-    parser.add_argument("--output", type=Path, required=True, help="an empty directory, or one that is made")
+    parser.add_argument("--output", type=Path, required=True, help="an empty directory; it is made if it is missing")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="by default what the model is saved in")
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
-    parser.add_argument("--max_shard_size", default="5GB", help="of a file of weights; by default 5GB")
+    parser.add_argument("--max_shard_size", default="5GB", help="size of a file of weights; by default 5GB")
     args = parser.parse_args(argv)
     if not re.fullmatch(r"\d+[KMGT]B", args.max_shard_size):
         raise UserError(f"--max_shard_size {args.max_shard_size}: give a number and a unit, such as 500MB or 5GB")
     check_output(args.output)
     logging.disable_progress_bar()
-    # merged in the dtype of the base model, so that its weights are rounded once
-    trained = merged(load_trained(args.model, trust_remote_code=args.trust_remote_code))
+    # merged in the dtype of the base model and converted afterwards, so that its weights are rounded only once
+    trained = merge_adapter(load_trained(args.model, trust_remote_code=args.trust_remote_code))
     if args.dtype != "auto":
         trained.model.to(getattr(torch, args.dtype))
     save(trained, args.output, args.max_shard_size)
@@ -45,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_output(path: Path) -> None:
-    """Makes the directory, before minutes of loading are lost.
+    """Makes the directory before the model is loaded, which may take minutes.
 
     Raises:
         UserError: it isn't empty, or can't be made.
@@ -59,8 +64,8 @@ def check_output(path: Path) -> None:
         raise UserError(f"--output {path} isn't empty: give a new directory, or empty it")
 
 
-def merged(trained: TrainedModel) -> TrainedModel:
-    """The model with its adapter, if it has one, merged into the weights.
+def merge_adapter(trained: TrainedModel) -> TrainedModel:
+    """Merges the adapter into the weights; returns a model without an adapter as it is.
 
     Raises:
         UserError: an adapter of this kind has no weights to merge.

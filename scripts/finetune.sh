@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
-# The same program started by accelerate, with its own ZeRO-3 configuration (scripts/zero3.yaml).
+# Start a training run with accelerate and DeepSpeed ZeRO-3, as configured in scripts/zero3.yaml.
 #
 #     MODEL=/models/Qwen2.5-3B TRAIN=train.jsonl EVAL=eval.jsonl bash scripts/finetune.sh --dft_alpha 0.7
 #
-# Everything after finetune.sh goes to train_dft.py and overrides what stands below.
-#     NPROC    processes; default 2
+# Arguments are passed on to train_dft.py and override the flags below.
+#     MODEL         model directory
+#     TRAIN         training data
+#     EVAL          evaluation data; no evaluation on it without
+#     OUTPUT_DIR    default output/NAME_dft, where NAME is that of the model directory
+#     NPROC         number of processes; default 2
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 MODEL="${MODEL:?set MODEL to a model directory}"

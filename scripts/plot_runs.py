@@ -1,11 +1,11 @@
-"""Draw several runs over one another, to compare them.
+"""Draw the curves of several runs into one picture, to compare them.
 
     python scripts/plot_runs.py outputs/sft outputs/dft                                 # writes runs.png
     python scripts/plot_runs.py outputs/sft outputs/dft --names SFT DFT --output a.png
 
-Each run is a directory with a train_log.jsonl. Drawn are cross-entropy and p_correct, of training (thin) and of the
-evaluation (dots). The loss is not: runs with another alpha minimize another function, and their losses say nothing
-about one another.
+Each run is a directory with a train_log.jsonl. The picture shows cross-entropy and p_correct, of training (thin lines)
+and evaluation (dots). It leaves the loss out, because runs with different alpha minimize different functions, whose
+values can't be compared.
 """
 
 import argparse
@@ -25,6 +25,11 @@ EVALUATION = {"linestyle": "-", "linewidth": 1.5, "marker": "o", "markersize": 5
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Draws the runs of the command line, and prints the path of the picture.
+
+    Raises:
+        UserError: a run that can't be read, names that don't fit, or a picture that can't be written.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output directory of a run")
     parser.add_argument("--names", nargs="+", help="one for each run; by default the names of the directories")
@@ -37,10 +42,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run_names(runs: list[Path], names: list[str] | None) -> list[str]:
-    """A name for each run: what was given, else the directory's name, else, where two have the same, its path.
+    """Names each run: as given, else by its directory's name, or by its whole path where two names are the same.
 
     Raises:
-        UserError: another number of names than of runs, or one name twice.
+        UserError: not as many names as runs, or one name twice.
     """
     if names is None:
         names = [run.resolve().name for run in runs]
@@ -54,10 +59,10 @@ def run_names(runs: list[Path], names: list[str] | None) -> list[str]:
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
-    """The records of a run's train_log.jsonl.
+    """Reads the records of a run's train_log.jsonl, where null stands for NaN.
 
     Raises:
-        UserError: it is missing, broken, or without anything to draw.
+        UserError: the file is missing, broken, or holds nothing to draw.
     """
     path = run / "train_log.jsonl"
     try:
@@ -68,7 +73,7 @@ def read_log(run: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-            int(record["step"])  # it is there, and a number
+            int(record["step"])  # raises an error if it is missing or no number
             records.append({key: math.nan if value is None else value for key, value in record.items()})
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path}:{number}: not a record of a training ({error!r})") from error
@@ -78,10 +83,14 @@ def read_log(run: Path) -> list[dict[str, Any]]:
 
 
 def plot_runs(logs: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Draws the runs, records by name, to a picture.
+    """Draws runs into one picture, a panel for each of COMPARED.
+
+    Args:
+        logs: the records of each run, by its name.
+        path: of the picture; its suffix chooses the format.
 
     Raises:
-        UserError: it can't be written.
+        UserError: the picture can't be written.
     """
     import matplotlib
 
@@ -93,14 +102,14 @@ def plot_runs(logs: dict[str, list[dict[str, Any]]], path: Path) -> None:
         for i, log in enumerate(logs.values()):
             for (label, key), style in zip(PANELS[title].items(), (TRAINING, EVALUATION), strict=True):
                 steps, values = series(log, key)
-                # a single point has no line to be seen by
+                # a line through a single point would be invisible
                 dot = {"marker": "."} if label == "train" and len(steps) == 1 else {}
                 axis.plot(steps, values, color=f"C{i}", **style, **dot)
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    # a pair of dollar signs would be set as a formula
+    # matplotlib would typeset what stands between two dollar signs as a formula
     names = [name.replace("$", r"\$") for name in logs]
     lines = [plt.Line2D([], [], color=f"C{i}", linewidth=3, label=name) for i, name in enumerate(names)]
     for label, style in (("training", TRAINING), ("evaluation", EVALUATION)):
@@ -108,7 +117,7 @@ def plot_runs(logs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     figure.legend(handles=lines, loc="outside lower center", ncols=min(len(lines), 6), frameon=False)
     try:
         figure.savefig(path, dpi=110)
-    except (OSError, ValueError) as error:  # ValueError: not a format of pictures
+    except (OSError, ValueError) as error:  # ValueError is raised for an unknown format
         raise UserError(f"--output {path} can't be written: {error}") from error
     finally:
         plt.close(figure)

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# From nothing to a model fine-tuned with the DFT loss, on any machine: bash scripts/quickstart.sh
-#     1. the environment (.venv)
-#     2. a small base model: made from scratch, then trained plainly (--dft_alpha 0) for a moment,
-#        because DFT sharpens what a model half knows and gives no gradient to what it doesn't
-#     3. the main job: deepspeed, ZeRO-3, 2 processes (or one per GPU), the DFT loss
-#     4. a question to the result
+# Set up the project and fine-tune a small model with the DFT loss, on any machine: bash scripts/quickstart.sh
+# It installs the environment in .venv, and then
+#     1. makes a small base model from scratch and trains it briefly with plain cross-entropy (--dft_alpha 0), because
+#        DFT strengthens what a model half knows and gives next to no gradient to what it doesn't know
+#     2. fine-tunes it with the DFT loss under DeepSpeed ZeRO-3, on all GPUs or with 2 processes on CPU
+#     3. asks the result a question
+# OUT is the output directory; default outputs/quickstart.
 set -euo pipefail
 here="$(dirname "${BASH_SOURCE[0]}")"
 source "$here/setup.sh"

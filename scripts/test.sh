@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Sets up what is needed and runs the tests: bash scripts/test.sh [pytest's arguments]
-#     bash scripts/test.sh -m "not launch"    # without those that start training processes: seconds
+# Install what the tests need and run them: bash scripts/test.sh [arguments of pytest]
+#     bash scripts/test.sh -m "not launch"    # without the tests that start training processes
 set -euo pipefail
 here="$(dirname "${BASH_SOURCE[0]}")"
 EXTRAS=dev source "$here/setup.sh"
-# two at a time, those of a file together: most of the time goes into starting programs
+# in two processes, because most of the time is spent waiting for programs to start; the tests of a file stay together,
+# because they share fixtures
 exec python -m pytest -n 2 --dist loadfile "$@"

@@ -1,20 +1,21 @@
 #!/usr/bin/env bash
-# Start a training run: on all GPUs, or on CPU where there is none.
+# Start a training run on all GPUs, or on CPU if there is none.
 #
 #     bash scripts/train.sh --config my_run.yaml
 #     MODEL=/models/Qwen3-8B DATA="a.jsonl b.jsonl" CUDA_VISIBLE_DEVICES=4,5 bash scripts/train.sh --dft_alpha 0.7
 #
-# Everything after train.sh goes to train_dft.py and overrides what the variables say.
+# Arguments are passed on to train_dft.py and override the variables.
 #     LAUNCHER     deepspeed (default), torchrun, accelerate or python
-#     NPROC        processes on this machine; default: one per visible GPU, or 1 on CPU
+#     NPROC        number of processes on this machine; default: one per visible GPU, or 1 on CPU
 #     MODEL        --model_name_or_path
 #     DATA         --data_files, separated by spaces
 #     OUTPUT_DIR   --output_dir
 #     DS_CONFIG    --deepspeed; default ds_config/zero3.json, empty for none; not used with LAUNCHER=python
-#     LOG_DIR      where the log file goes; default logs
-#     BACKGROUND   1: detach from the terminal and return at once
-#     MASTER_ADDR, MASTER_PORT, NNODES, NODE_RANK    several nodes with torchrun or accelerate
-#     HOSTFILE     several nodes with deepspeed (worker-0 slots=8, one node a line)
+#     LOG_DIR      directory of the log file; default logs
+#     LOG_FILE     the log file; default a new one in LOG_DIR, named by the time
+#     BACKGROUND   1 detaches the run from the terminal and returns at once
+#     MASTER_ADDR, MASTER_PORT, NNODES, NODE_RANK    for several nodes with torchrun or accelerate
+#     HOSTFILE     for several nodes with deepspeed: a file with a line such as "worker-0 slots=8" for each
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -45,7 +46,7 @@ fi
 export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$PWD/.torch_extensions}"
 export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}" PYTHONUNBUFFERED=1
 
-# which GPUs: CUDA_VISIBLE_DEVICES if it is set, else all that torch can use
+# The GPUs to use: CUDA_VISIBLE_DEVICES if it is set, else all that torch can use.
 gpus="${CUDA_VISIBLE_DEVICES-$(python -c 'import torch; print(*range(torch.cuda.device_count()), sep=",")')}"
 if [[ "$gpus" =~ ^(-1|NoDevFiles)$ ]]; then gpus=""; fi
 [[ "$LAUNCHER" != deepspeed || "$gpus" =~ ^[0-9,]*$ ]] ||
@@ -69,7 +70,7 @@ case "$LAUNCHER" in
         if [[ -n "${HOSTFILE:-}" ]]; then
             command+=(--hostfile "$HOSTFILE")
         elif [[ -n "$gpus" ]]; then
-            # deepspeed overwrites CUDA_VISIBLE_DEVICES: it must be told the GPUs this way
+            # deepspeed overwrites CUDA_VISIBLE_DEVICES, so it must be given the GPUs this way
             command+=(--include "localhost:$gpus")
             unset CUDA_VISIBLE_DEVICES
         else
@@ -83,7 +84,7 @@ case "$LAUNCHER" in
         command=(accelerate launch --num_machines "${NNODES:-1}" --machine_rank "${NODE_RANK:-0}"
             --main_process_ip "${MASTER_ADDR:-127.0.0.1}" --main_process_port "$MASTER_PORT"
             --num_processes "$(( NPROC * ${NNODES:-1} ))" --mixed_precision no --dynamo_backend no)
-        # despite its name it also starts CPU processes; accelerate's own --cpu starts one
+        # despite its name, --multi_gpu starts several processes on CPU too; accelerate's --cpu starts only one
         if (( NPROC * ${NNODES:-1} > 1 )); then command+=(--multi_gpu); fi
         ;;
     python)
@@ -103,7 +104,7 @@ command+=("$@")
 
 { printf 'Command:'; printf ' %q' "${command[@]}"; printf '\nLog file: %s\n' "$LOG_FILE"; } | tee "$LOG_FILE"
 
-# The run gets a process group of its own, so that ending this script ends every rank with it.
+# The run gets its own process group, so that all ranks can be ended when this script is.
 end_run() {
     kill -TERM -- "-$run" 2> /dev/null || true
     { sleep 30; kill -KILL -- "-$run"; } > /dev/null 2>&1 &
@@ -115,13 +116,13 @@ set +m
 trap end_run TERM INT HUP
 status=0
 wait "$run" || status=$?
-while kill -0 -- "-$run" 2> /dev/null; do sleep 0.5; done  # ranks may outlive the launcher
+while kill -0 -- "-$run" 2> /dev/null; do sleep 0.5; done  # ranks may end after the launcher
 if [[ ! -f "$LOG_FILE" ]]; then
     exit "$status"
 elif [[ "$LAUNCHER" == deepspeed && "$status" == 0 ]] && ! grep -q 'exits successfully' "$LOG_FILE"; then
-    echo "error: the launcher was killed" >&2  # it returns 0 when its child is killed
+    echo "error: the launcher was killed" >&2  # deepspeed returns 0 even if its child is killed
     status=1
 elif [[ "$LAUNCHER" =~ ^(torchrun|accelerate)$ && "$status" == 1 ]] && grep -q 'exitcode *: 2 ' "$LOG_FILE"; then
-    status=2  # they turn every status into 1; 2 is a mistake of the user's
+    status=2  # these launchers turn every status into 1, but 2 stands for a user's mistake
 fi
 exit "$status"

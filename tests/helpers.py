@@ -1,15 +1,20 @@
-"""What tests share: a way to run commands, small rows, and templates."""
+"""What tests share: ways to run commands, small rows, and templates."""
 
 import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from datasets import Dataset
+from transformers import Trainer
 
 ROOT = Path(__file__).parent.parent
+TIMEOUT = 1800  # seconds for what takes less than two minutes on two cores: a machine ten times slower passes
 
 # A ChatML template without generation tags, of the kind of Qwen2.5's: a default system prompt, tools, tool results
 # inside a user turn
@@ -58,17 +63,99 @@ def write_jsonl(path: Path, rows: list) -> Path:
     return path
 
 
-def run(command: list, *, timeout: int = 300, **env: str) -> subprocess.CompletedProcess:
+def environment_of(**env: object) -> dict[str, str]:
+    """The environment of a command that a test starts: this one, with the interpreter's programs first on the path."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, **{key: str(value) for key, value in env.items()}}
+
+
+def run(command: list, *, timeout: int = TIMEOUT, **env: object) -> subprocess.CompletedProcess:
     """Runs a command in the project's directory; the output holds stdout and stderr together."""
     return subprocess.run(
         [str(word) for word in command],
         cwd=ROOT,
-        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **env},
+        env=environment_of(**env),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         timeout=timeout,
     )
+
+
+def run_on(processes: int, *command) -> str:
+    """Runs a worker on so many processes, and returns its output; the test fails if the worker does."""
+    launcher = [sys.executable] if processes == 1 else ["torchrun", "--standalone", "--nproc-per-node", processes]
+    result = run([*launcher, *command])
+    assert result.returncode == 0, result.stdout[-4000:]
+    return result.stdout
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a program ended with.
+
+    Attributes:
+        output: stdout and stderr together.
+    """
+
+    status: int
+    output: str
+
+
+def run_programs(commands: dict[str, list], directory: Path) -> dict[str, Outcome]:
+    """Runs several command lines of the project's scripts in children of one process, which import the libraries once.
+
+    Args:
+        commands: {name: [script, flag, …]}.
+        directory: for what passes between the processes.
+    """
+    directory.mkdir(exist_ok=True)
+    worker = [sys.executable, ROOT / "tests" / "launch" / "command_worker.py", directory]
+    words = {name: [str(word) for word in command] for name, command in commands.items()}
+    subprocess.run(
+        worker, cwd=ROOT, env=environment_of(), input=json.dumps(words), text=True, timeout=TIMEOUT, check=True
+    )
+    return {name: Outcome(**json.loads((directory / f"{name}.json").read_text())) for name in commands}
+
+
+def wait_until(condition: Callable[[], object], failed: Callable[[], object] = lambda: None) -> None:
+    """Waits until a condition holds; the test fails if `failed` says why it can't any more, or after TIMEOUT."""
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        reason = failed()
+        assert not reason, reason
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.2)
+
+
+def tiny_run(model: Path, data: Path, output_dir: Path) -> list:
+    """Flags of train_dft.py for two steps in float32."""
+    return [
+        *("--model_name_or_path", model, "--data_files", data, "--output_dir", output_dir),
+        *("--torch_dtype", "float32", "--max_steps", 2, "--per_device_train_batch_size", 2),
+        *("--logging_steps", 1, "--disable_tqdm", "True"),
+    ]
+
+
+def change_of_weights(trainer: Trainer) -> torch.Tensor:
+    """Trains, and returns what that adds to the weights, [P].
+
+    With plain SGD this is the gradient. It is not with Adam, whose first steps are the gradient's signs: near zero
+    these depend on how the processor rounds.
+    """
+    before = flat_weights(trainer.model)
+    trainer.train()
+    return flat_weights(trainer.model) - before
+
+
+def flat_weights(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The norm of the difference over the norm of what was expected."""
+    found, expected = found.detach(), expected.detach()
+    return float((found - expected).norm() / expected.norm())
 
 
 def read_log(output_dir: Path) -> list[dict]:

@@ -1,14 +1,19 @@
-"""What the documents name exists: files, flags, commands, metrics; and the code is formatted."""
+"""What the documents name exists: files, flags, defaults, commands, functions; and the code is formatted."""
 
+import ast
 import importlib
+import inspect
 import json
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
-from dft.config.command_line import known_options
+from dft.config.listing import load_listing
+from dft.config.parser import known_options
+from dft.distributed import has_accelerator
 from tests.helpers import ROOT, read_log, run
 
 READMES = ["README.md", "README.zh.md"]
@@ -17,10 +22,13 @@ OTHERS = [
     "docs/batches.md",
     "docs/dashboards.md",
     "docs/data.md",
+    "docs/flags.md",
     "docs/loss.md",
+    "docs/metrics.md",
     "ds_config/README.md",
     "examples/eval/README.md",
 ]
+DOCUMENTS = READMES + OTHERS
 MADE_BY_A_RUN = {  # named in the documents, made when the program runs
     "data_report.json", "rejected.jsonl", "training_curves.png", "train_log.jsonl", "all_results.json",
     "trainer_state.json", "training_args.json", "train_distributed.log", "my_run.yaml", "more.json", "train.jsonl",
@@ -28,63 +36,168 @@ MADE_BY_A_RUN = {  # named in the documents, made when the program runs
     "run.json", "test.jsonl",
 }  # fmt: skip
 FLAGS_OF_OTHERS = {
-    *("--no-build-isolation", "--help", "--size"),  # of pip, of all, of a benchmark
+    *("--help", "--size"),  # of all programs, of a benchmark
     *("--logdir", "--port"),  # of TensorBoard
     *("--names", "--output"),  # of plot_runs.py and export.py, evaluate.py
     *("--model", "--model_args", "--tasks", "--include_path", "--apply_chat_template"),  # of lm-evaluation-harness
     *("--batch_size", "--output_path", "--log_samples", "--metadata"),
 }
+OPTIONS = set(known_options(load_listing()))
 
 
-@pytest.mark.parametrize("name", READMES + OTHERS)
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def slugs_of(text: str) -> set[str]:
+    """The anchors of a document's headings, as GitHub makes them."""
+    headings = re.findall(r"(?m)^#+ (.+)$", re.sub(r"(?ms)^```.*?^```", "", text))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_document_is_tested():
+    listed = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    assert {name for name in listed if not name.startswith("benchmarks/results/")} <= set(DOCUMENTS)
+    assert {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} <= set(DOCUMENTS)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
 def test_files_exist(name):
-    text = (ROOT / name).read_text(encoding="utf-8")
+    text = text_of(name)
     paths = re.findall(r"(?<![\w/*.-])[\w.-]+(?:/[\w.-]+)*\.(?:py|sh|json|jsonl|yaml|md|txt|png|log)\b", text)
     missing = {p for p in paths if not (ROOT / p).exists() and not (ROOT / name).parent.joinpath(p).exists()}
     missing -= {
         p for p in missing for d in ("scripts", "ds_config", "examples/data") if (ROOT / d / p).exists()
     }  # as in the file tree
     assert missing <= MADE_BY_A_RUN, missing
-    for link in re.findall(r"\]\((?!http)([^)#]+)", text):
-        assert ((ROOT / name).parent / link).exists(), link
+    for directory in re.findall(
+        r"(?<![\w/.-])(?:dft|tests|benchmarks|examples|scripts|docs)(?:/[\w-]+)+(?![\w./-])", text
+    ):
+        assert (ROOT / directory).is_dir(), directory
 
 
-@pytest.mark.parametrize("name", READMES + OTHERS + ["scripts/finetune.sh", "scripts/quickstart.sh"])
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_somewhere(name):
+    text = text_of(name)
+    for link in re.findall(r"\]\((?!http)([^)]+)", text):
+        path, _, anchor = link.partition("#")
+        assert (ROOT / name).parent.joinpath(path).exists(), link
+        if anchor:
+            assert anchor in slugs_of((ROOT / name).parent.joinpath(path).read_text() if path else text), link
+
+
+@pytest.mark.parametrize("name", [*DOCUMENTS, "scripts/finetune.sh", "scripts/quickstart.sh"])
 def test_flags_exist(name):
-    text = (ROOT / name).read_text(encoding="utf-8")
-    flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text)) - FLAGS_OF_OTHERS
+    flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text_of(name))) - FLAGS_OF_OTHERS
     launcher = {"--config_file", "--num_processes"} if name == "scripts/finetune.sh" else set()
     script = {"--data", "--system"} if name == "scripts/quickstart.sh" else set()
-    assert flags <= set(known_options()) | launcher | script
+    assert flags <= OPTIONS | launcher | script
+
+
+def test_defaults_are_the_programs():
+    """In every table of flags: `| flags | defaults | …`, where the program has a default of its own."""
+    entries = [entry for group in load_listing()["groups"].values() for entry in group if entry.get("action") is None]
+    default_of = {flag: entry["default"] for entry in entries for flag in entry["flags"]}
+    tested = set()
+    for name in ("docs/flags.md", "docs/loss.md"):
+        for flags, defaults in re.findall(r"(?m)^\| (`--[^|]*) \| ([^|]*) \|", text_of(name)):
+            names = re.findall(r"`(--\w+)`", re.sub(r"\(.*?\)", "", flags))
+            written = [word.strip() for word in defaults.split(",")]
+            if len(written) == 1:
+                written *= len(names)
+            for flag, value in zip(names, written, strict=True):
+                tested.add(flag)
+                if default_of[flag] is not None and value != "required":
+                    assert str(default_of[flag]) == value, flag
+    assert len(tested) > 30
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_python_examples_use_what_exists(name):
+    """The names that they import, and the keywords that they call them with."""
+    for example in re.findall(r"(?ms)^```python\n(.*?)^```", text_of(name)):
+        tree = ast.parse(example)
+        imported = {
+            alias.name: getattr(importlib.import_module(node.module), alias.name)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        }
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            if isinstance(call.func, ast.Name) and call.func.id in imported:
+                inspect.signature(imported[call.func.id]).bind(
+                    *call.args, **{keyword.arg: None for keyword in call.keywords}
+                )
 
 
 @pytest.mark.parametrize("name", READMES)
+def test_tree_of_files_shows_every_room(name):
+    rooms = {path.parent.name for path in (ROOT / "dft").glob("*/__init__.py")}
+    assert set(re.findall(r"(?m)^dft/(\w+)/ ", text_of(name))) == rooms
+    assert {path.name for path in ROOT.glob("*.py")} <= set(re.findall(r"(?m)^\w+\.py\b", text_of(name)))
+
+
+def test_readme_is_read_in_five_minutes():
+    assert len(text_of("README.md").splitlines()) <= 170
+
+
+@pytest.mark.parametrize("name", [*READMES, "docs/flags.md", "docs/dashboards.md"])
 def test_variables_of_the_launch_script_exist(name):
-    text = (ROOT / name).read_text(encoding="utf-8")
+    of_trackers = {"SWANLAB_MODE", "SWANLAB_LOG_DIR", "WANDB_MODE", "TENSORBOARD_LOGGING_DIR"}
+    of_tests = {"DASHBOARD_STEPS", "SCREENSHOTS"}
     scripts = "".join(path.read_text() for path in (ROOT / "scripts").glob("*.sh"))
-    for variable in re.findall(r"\b([A-Z][A-Z_]{3,})=", text):
-        assert variable in scripts, variable
+    for variable in re.findall(r"\b([A-Z][A-Z_]{3,})=", text_of(name)):
+        assert variable in scripts or variable in of_trackers | of_tests, variable
 
 
 def test_both_readmes_say_the_same():
     """The same flags, files, metrics, headings and code."""
-    english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in READMES)
-    for pattern in (r"`[^`\n]*`", r"(?m)^#+ ", r"https?://[^)\s]+"):
+    english, chinese = (text_of(name) for name in READMES)
+    for pattern in (r"`[^`\n]*`", r"(?m)^#+ ", r"https?://[^)\s]+", r"\]\((?!http|README)[^#)\s]+"):
         ours, theirs = (sorted(re.findall(pattern, text)) for text in (english, chinese))
         assert ours == theirs
 
 
+def test_numbers_of_the_comparison_are_the_results():
+    """Those that the READMEs compare with other projects stand in benchmarks/results."""
+    sources = {  # the file: what it says, and how the READMEs say it
+        "metrics_cost_cpu.md": {"0.290%": "0.29%", "0.015%": "0.015%"},
+        "data_prep.md": {"5.26": "5.3", "15.76": "15.8"},
+        "train_step_cpu.md": {"1,129": "1,129", "403": "403"},
+    }
+    for source, numbers in sources.items():
+        for measured, written in numbers.items():
+            assert re.search(rf"\| +{re.escape(measured)} ", text_of(f"benchmarks/results/{source}")), measured
+            for name in READMES:
+                assert written in text_of(name), written
+                assert f"benchmarks/results/{source}" in text_of(name)
+
+
 def test_commands_of_the_continuous_integration_are_the_readmes():
     assert "bash scripts/test.sh" in (ROOT / ".ci" / "run").read_text()
-    assert "bash scripts/test.sh" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "bash scripts/test.sh" in text_of("README.md")
 
 
 def test_constraints_cover_the_requirements():
-    constraints = (ROOT / "constraints.txt").read_text().splitlines()
-    pinned = {line.split("==")[0].lower() for line in constraints if "==" in line}
-    for line in (ROOT / "requirements.txt").read_text().splitlines():
-        package = re.split(r"[<>=#\[ ]", line)[0].lower()
-        assert not package or package in pinned, package
+    """Of the project and of its extras; an extra may pin a version itself, but no other than the constraints do."""
+    pinned = dict(line.lower().split("==") for line in text_of("constraints.txt").splitlines() if "==" in line)
+    project = tomllib.loads(text_of("pyproject.toml"))["project"]
+    extras = project["optional-dependencies"]
+    assert set(extras) == {"dev", "bench"}
+    requirements = [line.split("#")[0].strip() for line in text_of("requirements.txt").splitlines()]
+    for requirement in [*filter(None, requirements), *sum(extras.values(), [])]:
+        package = re.split(r"[<>=\[ ]", requirement)[0].lower()
+        _, is_pinned, version = requirement.partition("==")
+        assert package in pinned or is_pinned, package
+        if is_pinned:
+            assert pinned.get(package, version) == version, package
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_extras_exist(name):
+    extras = tomllib.loads(text_of("pyproject.toml"))["project"]["optional-dependencies"]
+    for names in re.findall(r"pip install (?:-e )?\.\[([\w,]+)\]", text_of(name)):
+        assert set(names.split(",")) <= set(extras)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py")))
@@ -106,7 +219,8 @@ def test_quickstart_learns(tmp_path):
     result = run(["bash", "scripts/quickstart.sh"], timeout=900, OUT=str(out), OMP_NUM_THREADS="")
     assert result.returncode == 0, result.stdout[-5000:]
     assert "The capital of France is Paris." in result.stdout
-    records = [r for r in read_log(out / "model") if "ce_loss" in r]
+    log = read_log(out / "model")
+    records = [r for r in log if "ce_loss" in r]
     assert records[-1]["ce_loss"] < 0.7 * records[0]["ce_loss"]
     assert records[-1]["loss"] < 0.7 * records[0]["loss"]
     assert records[-1]["train/avg_p_correct"] > records[0]["train/avg_p_correct"] + 0.05
@@ -117,3 +231,15 @@ def test_quickstart_learns(tmp_path):
     base = json.loads((out / "base" / "all_results.json").read_text())
     model = json.loads((out / "model" / "all_results.json").read_text())
     assert model["eval_acc"] > base["eval_acc"]
+    if not has_accelerator():  # with GPUs, their number decides how many steps there are
+        evaluations = [r for r in log if "eval_ce_loss" in r]
+        assert_near_the_readme("training cross-entropy", [r["ce_loss"] for r in records], relative=0.25)
+        assert_near_the_readme("training p_correct", [r["train/avg_p_correct"] for r in records], relative=0.05)
+        assert_near_the_readme("evaluation cross-entropy", [r["eval_ce_loss"] for r in evaluations], relative=0.25)
+        assert_near_the_readme("evaluation accuracy", [r["eval_acc"] for r in evaluations], relative=0.05)
+
+
+def assert_near_the_readme(what: str, values: list[float], relative: float) -> None:
+    """The first and the last value are about what the README says; the digits vary by machine."""
+    written = re.search(rf"(?m)^ *{what} +about ([\d.]+) at step \d+ -> ([\d.]+) at step", text_of("README.md"))
+    assert [values[0], values[-1]] == pytest.approx([float(number) for number in written.groups()], rel=relative)

@@ -1,13 +1,12 @@
 """Log records carry their true rank, and a log file is written once, by rank 0."""
 
-import logging
 import sys
 
 import pytest
 
 from dft.errors import UserError
-from dist_logger import ROOT_NAME, get_logger, setup_logging
-from tests.helpers import run
+from dist_logger import get_logger, setup_logging
+from tests.helpers import run, run_on
 
 WORKER = """
 import sys
@@ -15,41 +14,36 @@ from accelerate import PartialState
 from dist_logger import get_logger, setup_logging
 from dft.program import program
 with program():
-    setup_logging(sys.argv[1], only_rank_0=sys.argv[2] == "True")
     logger = get_logger("early")
+    setup_logging(sys.argv[1], only_rank_0=True)
     logger.info("before the group")
     PartialState(cpu=True)
     logger.info("after the group")
     logger.error("an error")
+    setup_logging(sys.argv[2], only_rank_0=False)
+    logger.info("said by all")
 """
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("only_rank_0", [True, False])
-def test_two_processes_write_their_true_ranks(tmp_path, only_rank_0):
+def test_two_processes_write_their_true_ranks(tmp_path):
+    """Before they have joined a group, too; and above rank 0 only errors, or everything."""
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
-    log = tmp_path / "logs" / "run.log"
-    command = ["torchrun", "--standalone", "--nproc-per-node", 2, worker, log, only_rank_0]
-    result = run(command, PYTHONPATH=".")
-    assert result.returncode == 0, result.stdout
-    for message in ("before the group", "after the group", "an error"):
-        lines = [text for text in result.stdout.splitlines() if text.endswith(message)]
-        ranks = sorted(text.split("[RANK ")[1].split("]")[0] for text in lines)
-        assert ranks == (["0/2"] if only_rank_0 and message != "an error" else ["0/2", "1/2"])
-    written = log.read_text().splitlines()
-    assert [text.split(" - ")[-1] for text in written] == ["before the group", "after the group", "an error"]
-    assert all("[RANK 0/2]" in text for text in written)
-
-
-@pytest.fixture(autouse=True)
-def restore_logging():
-    yield
-    logger = logging.getLogger(ROOT_NAME)
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
-        handler.close()
-    logger.propagate = True
+    logs = tmp_path / "logs" / "run.log", tmp_path / "logs" / "all.log"
+    output = run_on(2, worker, *logs)
+    for message, expected in {
+        "before the group": ["0/2"],
+        "after the group": ["0/2"],
+        "an error": ["0/2", "1/2"],
+        "said by all": ["0/2", "1/2"],
+    }.items():
+        lines = [text for text in output.splitlines() if text.endswith(message)]
+        assert sorted(text.split("[RANK ")[1].split("]")[0] for text in lines) == expected
+    first, second = (log.read_text().splitlines() for log in logs)
+    assert [text.split(" - ")[-1] for text in first] == ["before the group", "after the group", "an error"]
+    assert [text.split(" - ")[-1] for text in second] == ["said by all"]
+    assert all("[RANK 0/2]" in text for text in [*first, *second])
 
 
 def test_setting_up_twice_writes_once(tmp_path, capsys):
@@ -89,5 +83,5 @@ def test_a_program_ends_with_its_exit_handlers_threads_and_status(tmp_path, body
         "threading.Thread(target=lambda: (time.sleep(0.2), sys.stdout.write('thread '))).start()\n"
         f"with program():\n    {body}\n"
     )
-    result = run([sys.executable, script], PYTHONPATH=".")
+    result = run([sys.executable, script])
     assert (result.returncode, result.stdout) == (status, f"{said}thread handler ")

@@ -1,1 +1,1 @@
-"""Rows to batches, and the attention that keeps documents of one batch apart."""
+"""Rows to batches, and the attention that keeps the documents of a batch apart."""

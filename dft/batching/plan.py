@@ -1,4 +1,7 @@
-"""The batches of a run: padded, padding-free or packed, counted in rows or in tokens."""
+"""The batches of a run: padded, padding-free or packed, counted in rows or in tokens.
+
+Shapes: N rows.
+"""
 
 import logging
 import math
@@ -9,38 +12,40 @@ import numpy as np
 from torch.utils.data import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from dft.batching.attention import documents_leak, grows_with_square
+from dft.batching.attention import is_quadratic, why_documents_leak
 from dft.batching.collators import FlatteningCollator, PaddingCollator
 from dft.batching.packing import PackedRows, best_fit_decreasing, next_fit, next_fit_padded, padded_tokens
 from dft.batching.sampler import EpochOrder
+from dft.config.training import DFTTrainingArguments
 from dft.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-SHUFFLES = 4  # of which padding_waste is the mean
+SHUFFLES = 4  # padding_waste is the mean over so many random orders
 Batching = Literal["padded", "padding_free", "packed"]
 
 
-def choose_batching(wanted: Batching | None, config: PretrainedConfig, attention: str) -> Batching:
-    """How rows become batches.
+def choose_batching(requested: Batching | None, config: PretrainedConfig, attention: str) -> Batching:
+    """Chooses how rows become batches.
 
     Args:
-        wanted: None for padding_free where attention doesn't pay for it, else padded.
+        requested: None for padding_free where it costs nothing in attention, else padded.
+        config, attention: of the model, and its attention implementation.
 
     Raises:
-        UserError: it is wanted that documents share a row, and the model wouldn't keep them apart.
+        UserError: documents were requested to share a row, and the model wouldn't keep them apart.
     """
-    leak, is_dear = documents_leak(config), grows_with_square(config, attention)
+    leak, quadratic = why_documents_leak(config), is_quadratic(config, attention)
     cost = f"{attention} attention takes memory and time that grow with the square of a row of documents"
-    if wanted is None:
-        if leak or is_dear:
+    if requested is None:
+        if leak or quadratic:
             logger.info("Batches are padded: %s", leak or cost)
-        return "padded" if leak or is_dear else "padding_free"
-    if wanted != "padded" and leak:
-        raise UserError(f"--batching {wanted}: {leak}; use --batching padded")
-    if wanted != "padded" and is_dear:
-        logger.warning("--batching %s: %s", wanted, cost)
-    return wanted
+        return "padded" if leak or quadratic else "padding_free"
+    if requested != "padded" and leak:
+        raise UserError(f"--batching {requested}: {leak}; use --batching padded")
+    if requested != "padded" and quadratic:
+        logger.warning("--batching %s: %s", requested, cost)
+    return requested
 
 
 @dataclass
@@ -48,12 +53,15 @@ class BatchPlan:
     """How training rows become batches.
 
     Args:
-        batching: padded fills rows up to the longest of a batch; padding_free puts them one after the other;
-            packed also chooses those that fill a row.
-        max_length: of a packed row, in tokens.
-        max_tokens: of a micro-batch, padding among them; None counts micro-batches in rows.
-        rows_per_batch: of a micro-batch. batches_per_step: over ranks and accumulation.
-        strategy: see EpochOrder; None for group_by_length where rows are padded, else random.
+        batching: "padded" pads rows to the longest of a batch; "padding_free" lays them one after the other; "packed"
+            does so with rows chosen to fill `max_length`.
+        max_length: tokens of a packed row.
+        max_tokens: tokens of a micro-batch, including padding; None if micro-batches are counted in rows.
+        rows_per_batch: items of a micro-batch: rows, or bins of rows.
+        batches_per_step: micro-batches of a step, over ranks and accumulation.
+        seed: of the order and of the bins.
+        strategy: order of the rows, see EpochOrder. None is group_by_length where rows are padded and micro-batches
+            counted in rows, because the padding then depends on the order, else random.
     """
 
     batching: Batching
@@ -68,12 +76,12 @@ class BatchPlan:
         if self.strategy is None:
             self.strategy = "group_by_length" if self.batching == "padded" and not self.max_tokens else "random"
 
-    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Any:
-        """What makes a batch of rows."""
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> PaddingCollator | FlatteningCollator:
+        """Makes the collator of the training rows."""
         return PaddingCollator(tokenizer) if self.batching == "padded" else FlatteningCollator()
 
     def bins(self, lengths: np.ndarray) -> np.ndarray | None:
-        """Which rows of these lengths [N] belong together, int64 [N]; None if each is alone."""
+        """The bin of each row, int64 [N], by its tokens, int [N]; None if every row is an item of its own."""
         if self.batching == "packed":
             return best_fit_decreasing(lengths, self.max_tokens or self.max_length, self.seed)
         if self.max_tokens is None:
@@ -83,21 +91,27 @@ class BatchPlan:
         return next_fit_padded(lengths, self.max_tokens, self.seed)
 
     def training_rows(self, rows: Dataset, lengths: np.ndarray) -> Dataset:
-        """The training set, with rows that belong together as one item."""
+        """The training set, with the rows of a bin as one item.
+
+        Args:
+            lengths: tokens of each row, int [N].
+        """
         bins = self.bins(lengths)
         return rows if bins is None else PackedRows(rows, bins)
 
-    def add_to_report(self, report: dict[str, Any], lengths: np.ndarray, of_files: list[np.ndarray]) -> None:
-        """Adds to a data report what an epoch is made of: rows, bins, padding, steps; and padding_waste to each entry.
+    def add_to_report(self, report: dict[str, Any], lengths: np.ndarray, lengths_by_file: list[np.ndarray]) -> None:
+        """Adds what an epoch consists of to a data report: rows, bins, padding, steps; and padding_waste to each file.
 
         Args:
-            lengths: tokens of the training rows, int [N].
-            of_files: the same for the rows of each file.
+            report: see dft.data.report.make_report.
+            lengths: tokens of each training row, int [N].
+            lengths_by_file: the same for the rows of each file.
         """
-        for entry, some in zip([*report["files"], report["total"]], [*of_files, lengths], strict=True):
-            entry["padding_waste"] = padding_waste(some, self.rows_per_batch)
+        total = report["total"]
+        for entry, lengths_of_entry in zip([*report["files"], total], [*lengths_by_file, lengths], strict=True):
+            entry["padding_waste"] = padding_waste(lengths_of_entry, self.rows_per_batch)
         bins = self.bins(lengths)
-        total, num_items = report["total"], len(lengths) if bins is None else int(bins.max()) + 1
+        num_items = len(lengths) if bins is None else int(bins.max()) + 1
         total["training_rows_per_epoch"] = len(lengths)
         total["steps_per_epoch"] = math.ceil(num_items / (self.rows_per_batch * self.batches_per_step))
         total["batching"] = self.batching
@@ -107,23 +121,56 @@ class BatchPlan:
             total |= {"bins": num_items, "bin_tokens": capacity, "bin_fill": lengths.sum() / (num_items * capacity)}
 
     def padding_share(self, lengths: np.ndarray, bins: np.ndarray | None) -> float:
-        """Share of padding in the first epoch's padded batches, of rows in `bins`, see there."""
+        """Share of padding in the padded batches of the first epoch.
+
+        Args:
+            lengths: tokens of each row, int [N].
+            bins: see `bins`; a bin is a micro-batch.
+        """
         if bins is None:
-            step = self.rows_per_batch * self.batches_per_step
+            rows_per_step = self.rows_per_batch * self.batches_per_step
+            # batch_rebalance is transformers' own sampler, whose order isn't known here
             strategy = "random" if self.strategy == "batch_rebalance" else self.strategy
+            num_rows = len(lengths)
             order = EpochOrder(
-                len(lengths), len(lengths), seed=self.seed, strategy=strategy, lengths=lengths, rows_per_step=step
+                *(num_rows, num_rows), seed=self.seed, strategy=strategy, lengths=lengths, rows_per_step=rows_per_step
             )
-            bins = np.empty(len(lengths), dtype=np.int64)
-            bins[list(order)] = np.arange(len(lengths)) // self.rows_per_batch
+            bins = np.empty(num_rows, dtype=np.int64)
+            bins[list(order)] = np.arange(num_rows) // self.rows_per_batch
         return 1 - int(lengths.sum()) / padded_tokens(lengths, bins)
 
 
 def padding_waste(lengths: np.ndarray, batch_size: int) -> float | None:
-    """Share of padding in batches of random rows, each padded to its longest; None without rows."""
+    """Share of padding if batches were made of random rows, each padded to the longest; None without rows.
+
+    Args:
+        lengths: tokens of each row, int [N].
+        batch_size: in rows.
+    """
     if len(lengths) == 0:
         return None
     rng = np.random.default_rng(0)
     batches = np.arange(len(lengths)) // batch_size
     padded = sum(padded_tokens(rng.permutation(lengths), batches) for _ in range(SHUFFLES))
     return 1 - SHUFFLES * int(lengths.sum()) / padded
+
+
+def plan_batches(args: DFTTrainingArguments, max_length: int, config: PretrainedConfig, attention: str) -> BatchPlan:
+    """Plans the batches of a run.
+
+    Args:
+        max_length: tokens of a row.
+        config, attention: of the model, and its attention implementation; they decide what the arguments leave open.
+
+    Raises:
+        UserError: documents were requested to share a row, and the model wouldn't keep them apart.
+    """
+    return BatchPlan(
+        choose_batching(args.batching, config, attention),
+        max_length=max_length,
+        max_tokens=args.max_tokens_per_batch,
+        rows_per_batch=args.per_device_train_batch_size,
+        batches_per_step=args.gradient_accumulation_steps * args.world_size,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        strategy=args.train_sampling_strategy,
+    )

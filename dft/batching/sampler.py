@@ -1,4 +1,7 @@
-"""Which row comes when: every row once in an epoch, the same on any number of ranks and after a resume."""
+"""Deterministic sampler, independent of the number of ranks, and the fillers that keep it so.
+
+Shapes: N rows.
+"""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -8,23 +11,23 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler
 from transformers import TrainerCallback
 
-from dft.batching.collators import documents
-from dft.labels import IGNORE_INDEX
+from dft.batching.collators import unpack_rows
+from dft.constants import IGNORE_INDEX
 
 
 class FilledRows(Dataset):
-    """A dataset made as long as a multiple of `multiple` by short rows without supervised tokens.
+    """Extends a dataset to a multiple of `multiple` rows by short fillers without supervised tokens.
 
-    A distributed sampler evens out the ranks by repeating rows, which would count them twice. Rows
-    that supervise nothing add nothing to any sum.
+    A distributed sampler evens out the ranks by repeating rows, which would count them twice. Fillers supervise
+    nothing, so they add nothing to any sum.
     """
 
     @staticmethod
     def can_fill(rows: Any) -> bool:
-        """Whether rows are of a kind whose fillers supervise nothing: with input_ids and labels."""
+        """Whether fillers can be made for a dataset: it has a length, and rows with input_ids and labels."""
         if isinstance(rows, IterableDataset) or not hasattr(rows, "__len__") or len(rows) == 0:
             return False
-        return {"input_ids", "labels"} <= set(documents([rows[0]])[0])
+        return {"input_ids", "labels"} <= set(unpack_rows([rows[0]])[0])
 
     def __init__(self, rows: Dataset, multiple: int):
         self.rows = rows
@@ -38,7 +41,8 @@ class FilledRows(Dataset):
             return self.rows[index]
         if index >= self.length:
             raise IndexError(index)
-        row = documents([self.rows[0]])[0]
+        # made from a real row, so that it has the same columns; those with a value per token are cut to two tokens
+        row = unpack_rows([self.rows[0]])[0]
         length = len(row["input_ids"])
         filler = {
             key: value[:2] if hasattr(value, "__len__") and len(value) == length else value
@@ -48,20 +52,26 @@ class FilledRows(Dataset):
 
 
 class EpochOrder(Sampler[int]):
-    """The order of the rows in each epoch: every row once, then the fillers of FilledRows.
+    """Yields every row of an epoch once, then the fillers of FilledRows.
 
-    The order of an epoch depends on the seed and the epoch's number alone, so that all ranks, any number of
-    them, and a resumed run have the same.
+    The order depends on the seed and the number of the epoch alone, so it is the same on every rank, for any number of
+    ranks, and in a resumed run.
 
     Args:
-        num_rows: without fillers.
-        total: with them.
-        strategy: random; sequential; or group_by_length, random but with rows of similar length in a step.
-        lengths: tokens of each row, for group_by_length.
-        rows_per_step: of all ranks and micro-batches.
+        num_rows: rows of the dataset, without fillers.
+        total: rows with fillers.
+        seed: of the order, with the epoch added to it.
+        strategy: "random", "sequential", or "group_by_length": random, but with rows of similar length in a step.
+        lengths: tokens of each row, int [N]; needed for group_by_length.
+        rows_per_step: over all ranks and micro-batches.
+
+    Raises:
+        ValueError: an unknown strategy, or lengths of another number of rows.
     """
 
-    GROUPED_STEPS = 50  # steps' worth of random rows, among which those of similar length are put together
+    # group_by_length sorts this many steps' worth of random rows at a time: enough that steps hold rows of similar
+    # length, and few enough that an epoch stays mixed
+    GROUPED_STEPS = 50
 
     def __init__(
         self,
@@ -86,44 +96,55 @@ class EpochOrder(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch, counted from 0, whose order is yielded from now on."""
         self.epoch = epoch
 
     def __len__(self) -> int:
         return self.total
 
     def __iter__(self) -> Iterator[int]:
-        yield from self._rows().tolist()
+        yield from self._row_order().tolist()
         yield from range(self.num_rows, self.total)
 
-    def _rows(self) -> torch.Tensor:
+    def _row_order(self) -> torch.Tensor:
+        """The order of the rows, int64 [N]."""
         if self.strategy == "sequential":
             return torch.arange(self.num_rows)
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(self.num_rows, generator=generator)
-        if self.strategy == "random":
-            return order
+        return order if self.strategy == "random" else self._grouped_by_length(order, generator)
+
+    def _grouped_by_length(self, order: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Regroups a random order, int64 [N], into steps of similar length, which come in random order themselves."""
         steps = []
-        for some in order.split(self.GROUPED_STEPS * self.rows_per_step):
-            by_length = some[torch.argsort(self.lengths[some], descending=True, stable=True)]
-            whole = list(by_length.split(self.rows_per_step))
-            # a step that isn't full stays the last
-            rest = [whole.pop()] if len(whole[-1]) < self.rows_per_step else []
-            steps += [whole[i] for i in torch.randperm(len(whole), generator=generator)] + rest
+        for chunk in order.split(self.GROUPED_STEPS * self.rows_per_step):
+            by_length = chunk[torch.argsort(self.lengths[chunk], descending=True, stable=True)]
+            full = list(by_length.split(self.rows_per_step))
+            # an incomplete step stays the last, because every step after it would be shifted against its rows
+            rest = [full.pop()] if len(full[-1]) < self.rows_per_step else []
+            steps += [full[i] for i in torch.randperm(len(full), generator=generator)] + rest
         return torch.cat(steps)
 
 
-class TellEpoch(TrainerCallback):
-    """Tells a trainer's EpochOrder the epoch. The loader that Trainer resumes with on several ranks doesn't."""
+class SetEpochCallback(TrainerCallback):
+    """Passes the epoch on to a trainer's EpochOrder.
 
-    def __init__(self, order_of: Callable[[], EpochOrder | None]):
-        self._order_of = order_of
+    accelerate's data loader does it too, except for the one that a resumed run on several ranks starts with.
+
+    Args:
+        get_order: returns the trainer's sampler, or None if it uses another one.
+    """
+
+    def __init__(self, get_order: Callable[[], EpochOrder | None]):
+        self._get_order = get_order
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        order = self._order_of()
+        """Sets the epoch that begins; a resumed run may begin within one."""
+        order = self._get_order()
         if order is not None:
             order.set_epoch(int(state.epoch))
 
 
 def token_lengths(rows: Dataset) -> np.ndarray:
-    """Tokens of each row, int64 [N]."""
-    return np.array([sum(len(row["input_ids"]) for row in documents([rows[i]])) for i in range(len(rows))])
+    """Counts the tokens of each item of a dataset, int64 [N]; reads all of it."""
+    return np.array([sum(len(row["input_ids"]) for row in unpack_rows([rows[i]])) for i in range(len(rows))])

@@ -1,8 +1,10 @@
-"""Attention over documents of different lengths, one after the other in one row, each seeing itself alone.
+"""Variable-length attention: documents laid one after the other in one row, each of which sees only itself.
 
-On a GPU with 16-bit numbers these are the FlashAttention kernels inside PyTorch: nothing to build. Elsewhere
-torch's scaled_dot_product_attention goes from document to document. No mask is made, so memory grows with the
-tokens and not with their square. Registered with transformers under the name "varlen".
+On a GPU with 16-bit numbers the FlashAttention kernels inside PyTorch compute it, so that nothing has to be built.
+Elsewhere torch's scaled_dot_product_attention is called for one document after the other. No mask is made, so memory
+grows with the number of tokens and not with its square. Registered with transformers under the name "varlen".
+
+Shapes: B rows, T tokens of a row, S = B·T tokens of all rows, D documents, E dimensions of a head.
 """
 
 import inspect
@@ -16,10 +18,10 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward, use_gqa_in_sdpa
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from dft.batching.collators import borders_of_positions
+from dft.batching.collators import boundaries_from_positions
 
 VARLEN = "varlen"
-KERNEL_HEAD_DIM = 256  # the most that the kernels take
+KERNEL_HEAD_DIM = 256  # the kernels support heads of at most so many dimensions
 
 
 def register() -> None:
@@ -30,7 +32,7 @@ def register() -> None:
 
 @lru_cache
 def has_kernel() -> bool:
-    """Whether this PyTorch has the kernels, for grouped heads and sliding windows (2.13 has)."""
+    """Whether this PyTorch has kernels that support grouped heads and sliding windows, as version 2.13 does."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -39,7 +41,7 @@ def has_kernel() -> bool:
 
 
 def kernel_takes(dtype: torch.dtype, device: torch.device, head_dim: int, dropout: float = 0.0) -> bool:
-    """Whether the kernels inside PyTorch run for this: a GPU of at least Ampere, 16 bits, head_dim up to 256."""
+    """Whether the kernels inside PyTorch support this: a GPU of at least Ampere, 16 bits, head_dim up to 256."""
     return (
         device.type == "cuda"
         and torch.version.hip is None
@@ -54,7 +56,7 @@ def kernel_takes(dtype: torch.dtype, device: torch.device, head_dim: int, dropou
 def varlen_mask(
     *, q_length: int, kv_length: int, attention_mask: Tensor | None = None, use_vmap: bool = False, **kwargs: Any
 ) -> Tensor | None:
-    """The mask [B, 1, T, T] of padded rows or of a cache; none for documents, whose borders come from cu_seq_lens."""
+    """Makes the mask [B, 1, T, T] for padded rows or a cache; None for documents, which need no mask."""
     if attention_mask is None and q_length == kv_length and not use_vmap:
         return None
     return sdpa_mask(
@@ -80,56 +82,74 @@ def varlen_attention(
     """Causal attention within each document; with a mask or a cache, or where it is not causal, that of sdpa.
 
     Args:
-        query: [B, heads, T, D]; key and value [B, key heads, T, D]. D of value may be another.
-        sliding_window: tokens that a token sees, itself among them.
-        cu_seq_lens_q: int32 [documents + 1], where documents begin in a row [1, T], and T. None: they begin where
-            position_ids do, or each row is one; looking for it waits for the device.
-        max_length_q: the longest of them.
+        query: [B, heads, T, E]; key and value are [B, key heads, T, E], where value may have another E.
+        sliding_window: the number of tokens that a token sees, including itself.
+        cu_seq_lens_q: int32 [D + 1], where documents begin in a row [1, T], and T. If None, documents begin where
+            position_ids start anew, or else each row is one; finding that out waits for the device.
+        max_length_q: tokens of the longest document.
 
     Returns:
-        [B, T, heads, D], and no attention weights.
+        [B, T, heads, E], and no attention weights.
 
     Raises:
         ValueError: soft-capped scores, sinks, a bias, or documents where attention is not causal.
     """
-    for name in ("softcap", "s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise ValueError(f"varlen attention doesn't know {name}: use --attn_implementation eager")
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if not is_causal and cu_seq_lens_q is not None:
-        raise ValueError("varlen attention knows documents only where each token sees those before it")
+    _refuse_unsupported(kwargs, is_causal, has_documents=cu_seq_lens_q is not None)
     if attention_mask is not None or query.shape[2] != key.shape[2] or not is_causal:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
         )
-    # norms and rotary embeddings may have left queries and keys in 32 bits where the model computes in 16
-    device_type = query.device.type
-    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else value.dtype
-    query, key, value = (x.to(dtype) for x in (query, key, value))
     batch, _, length, _ = query.shape
     if cu_seq_lens_q is None:
-        cu_seq_lens_q = borders_of_positions(position_ids, batch, length, query.device)
+        cu_seq_lens_q = boundaries_from_positions(position_ids, batch, length, query.device)
         max_length_q = int(cu_seq_lens_q.diff().max())
-    # [B, heads, T, D] -> [B·T, heads, D]
-    flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
-    if kernel_takes(dtype, query.device, max(query.shape[-1], value.shape[-1]), dropout):
-        out = _by_kernel(*flat, cu_seq_lens_q, max_length_q, scaling, sliding_window)
+    query, key, value = _flattened(query, key, value)
+    if kernel_takes(query.dtype, query.device, max(query.shape[-1], value.shape[-1]), dropout):
+        out = _by_kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window)
     else:
-        out = _by_document(*flat, cu_seq_lens_q, scaling, sliding_window, dropout)
+        out = _by_document(query, key, value, cu_seq_lens_q, scaling, sliding_window, dropout)
     return out.unflatten(0, (batch, length)), None
 
 
+def _refuse_unsupported(options: dict[str, Any], is_causal: bool, has_documents: bool) -> None:
+    """Raises ValueError for what neither the kernels nor the loop compute, because ignoring it would be silent."""
+    for name in ("softcap", "s_aux", "position_bias"):
+        if options.get(name) is not None:
+            raise ValueError(f"varlen attention doesn't know {name}: use --attn_implementation eager")
+    if not is_causal and has_documents:
+        raise ValueError("varlen attention knows documents only where each token sees those before it")
+
+
+def _flattened(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Lays all rows one after the other, [B, heads, T, E] -> [S, heads, E], in the dtype that the model computes in.
+
+    Norms and rotary embeddings may have left queries and keys in 32 bits where the model computes in 16.
+    """
+    device_type = query.device.type
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else value.dtype
+    query, key, value = (x.to(dtype).transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    return query, key, value
+
+
 def _by_kernel(
-    query: Tensor, key: Tensor, value: Tensor, borders: Tensor, longest: int, scale: float | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    boundaries: Tensor,
+    longest: int,
+    scale: float | None,
+    window: int | None,
 ) -> Tensor:
-    """Tensors [S, heads, D] through PyTorch's own FlashAttention."""
+    """Attention over tensors [S, heads, E] by PyTorch's own FlashAttention kernels; see varlen_attention."""
     from torch.nn.attention.varlen import varlen_attn
 
     dim, value_dim = query.shape[-1], value.shape[-1]
-    to = max(dim, value_dim) + -max(dim, value_dim) % 8  # one size for all, a multiple of 8
-    query, key, value = (x if x.shape[-1] == to else pad(x, (0, to - x.shape[-1])) for x in (query, key, value))
+    # the kernels want one size for all three, a multiple of 8; zeros change neither the scores nor the sums
+    size = max(dim, value_dim) + -max(dim, value_dim) % 8
+    query, key, value = (x if x.shape[-1] == size else pad(x, (0, size - x.shape[-1])) for x in (query, key, value))
     out = varlen_attn(
-        *(query, key, value, borders, borders, longest, longest),
+        *(query, key, value, boundaries, boundaries, longest, longest),
         scale=dim**-0.5 if scale is None else scale,
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
@@ -142,18 +162,21 @@ def _by_document(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    borders: Tensor,
+    boundaries: Tensor,
     scale: float | None,
     window: int | None,
     dropout: float,
 ) -> Tensor:
-    """Tensors [S, heads, D], one document after the other."""
-    lengths = borders.diff().tolist()
+    """Attention over tensors [S, heads, E], one document after the other; see varlen_attention.
+
+    Not compiled, because the lengths of the documents would make it compile again for every batch.
+    """
+    lengths = boundaries.diff().tolist()
     if query.shape[1] != key.shape[1] and not use_gqa_in_sdpa(None, key, value):
         repeats = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
     parts = []
-    # split and not slices: the gradient of a slice is as large as the whole
+    # split() and not slices, because the gradient of each slice would be a tensor as large as the whole
     for q, k, v in zip(*(x.transpose(0, 1)[None].split(lengths, dim=2) for x in (query, key, value)), strict=True):
         length = q.shape[2]
         is_local = window is not None and window < length
@@ -170,7 +193,7 @@ def _by_document(
 
 
 def _local_mask(length: int, window: int, device: torch.device) -> Tensor:
-    """[T, T], true for the last `window` tokens up to each."""
-    place = torch.arange(length, device=device)
-    distance = place[:, None] - place
+    """The mask [T, T] of a sliding window: true where a token sees another, one of the last `window` up to itself."""
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position
     return (distance >= 0) & (distance < window)

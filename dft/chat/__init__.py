@@ -1,1 +1,1 @@
-"""A conversation to token ids and labels."""
+"""Turn a conversation into token ids and labels."""

@@ -1,12 +1,12 @@
-"""Rendered conversations to token ids, quickly: in segments, each tokenized once.
+"""Tokenize rendered conversations quickly: in segments between control tokens, each tokenized once.
 
-A tokenizer cuts its input at control tokens before it does anything else, so what stands between two of
-them is tokenized by itself. Here the cuts are made first. Segments that were seen lately (system prompts,
-tool schemas) are not tokenized again, nor are words, where they are independent too (word_encoder.py). No
-character offsets are needed but where a turn starts in the middle of a token.
+A tokenizer splits its input at control tokens before it does anything else, so the segments between them are
+tokenized independently. Here the splits are made first. Segments that were seen lately (system prompts, tool
+schemas) are not tokenized again, nor are words, where they are independent too (word_encoder.py). Character
+offsets, which are slow, are only asked for where a turn may start in the middle of a token.
 
-Control tokens that are a conversation's own text come wrapped in MARK_START and MARK_END. They never
-become tokens; the marks themselves have no token.
+Control tokens of a conversation's own text are marked, see control_tokens.py. They never become tokens; the marks
+themselves have no token.
 """
 
 import copy
@@ -17,45 +17,48 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from dft.chat.control_tokens import MARK_START, MARKS, one_of, special_tokens
 from dft.chat.word_encoder import WordEncoder, encode_batch
-from dft.chat.word_splits import can_cut_at_blanks
+from dft.chat.word_splits import can_split_at_spaces
 
-MARK_START, MARK_END = "\ue0f0", "\ue0f1"  # private-use characters
-MARKS = re.compile(f"[{MARK_START}{MARK_END}]")
 MAX_CACHED_CHARACTERS = 4_000_000
-# what the tokenizers library takes for white space; str.strip also takes U+001C to U+001F
+# The tokenizers library takes these for white space; str.strip also takes U+001C to U+001F.
 WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
-PROBE = "{0}a b\n{1} c\n\n{0}{1}  d{0} \n e é中 {1}"  # every cut that a render makes, with two control tokens
+AT_START = "\ue0f5"  # marks the segment that begins a text: some tokenizers put a space there
+PROBE = "{0}a b\n{1} c\n\n{0}{1}  d{0} \n e é中 {1}"  # it has every kind of split that rendered texts have
+
+Segment = str | int  # a text, or the id of a control token
+Border = tuple[int, str | None]  # a segment's index, and the part of the segment before the border, if there is one
 
 
 class TextEncoder:
-    """Tokenizes rendered texts as `tokenizer` does, its control tokens being the template's alone.
+    """Tokenizes rendered texts as `tokenizer` does, with unmarked control tokens alone as control tokens.
 
     Args:
         tokenizer: a fast tokenizer. What it adds to a text by itself (BOS) is left out: templates write it.
 
     Attributes:
         special: the control tokens, {text: id}.
-        can_segment: whether this tokenizer's segments are independent. If not, whole texts are tokenized,
-            and those with marks can't be.
+        can_segment: whether this tokenizer's segments are independent. If not, whole texts are tokenized, and
+            texts with marks can't be encoded.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         added = tokenizer.added_tokens_decoder
-        self.special = {token.content: token_id for token_id, token in added.items() if token.special}
+        self.special = special_tokens(tokenizer)
         names = one_of(self.special)
-        self._cut = re.compile(f"({names})")
-        self._cut_unmarked = re.compile(f"(?<!{MARK_START})({names})")  # a lookbehind makes it much slower
+        self._split = re.compile(f"({names})")
+        self._split_unmarked = re.compile(f"(?<!{MARK_START})({names})")  # slower: the lookbehind costs time
         self._special_ids = np.array(sorted(self.special.values()), dtype=np.int32)
-        # white space beside a token that belongs to it
+        # these control tokens take the white space beside them
         self._strips_before = {token.content for token in added.values() if token.special and token.lstrip}
         self._strips_after = {token.content for token in added.values() if token.special and token.rstrip}
         self._backend, self._backend_at_start = _backends(tokenizer.backend_tokenizer)
-        self._cache: dict[str, np.ndarray] = {}
+        self._cache: dict[str, np.ndarray] = {}  # segment -> ids, int32 [T]
         self._cached_characters = 0
-        self._words = WordEncoder(self._backend) if can_cut_at_blanks(self._backend) else None
+        self._words = WordEncoder(self._backend) if can_split_at_spaces(self._backend) else None
         self.can_segment = True
-        self.can_segment = _is_cuttable(tokenizer) and self._agrees_with_whole_text()
+        self.can_segment = _splits_at_control_tokens(tokenizer) and self._agrees_with_whole_text()
 
     def _agrees_with_whole_text(self) -> bool:
         names = list(self.special)
@@ -64,11 +67,11 @@ class TextEncoder:
         return all(np.array_equal(self.encode([t], [[]])[0][0], self._encode_whole(t, [])[0]) for t in texts)
 
     def encode(self, texts: list[str], borders: list[list[int]]) -> list[tuple[np.ndarray, list[int]] | None]:
-        """Token ids and borders of texts.
+        """Token ids of texts, and the tokens at given characters.
 
         Args:
             texts: rendered texts, with marks.
-            borders: for each text, characters.
+            borders: for each text, positions of characters.
 
         Returns:
             for each text, its ids, int32 [T], and for each border the first token that starts there or
@@ -77,12 +80,13 @@ class TextEncoder:
         for backend in (self._backend, self._backend_at_start):
             backend.no_truncation()
             backend.no_padding()
+        pairs = list(zip(texts, borders, strict=True))
         if not self.can_segment:
-            return [None if MARK_START in t else self._encode_whole(t, b) for t, b in zip(texts, borders, strict=True)]
-        cut = [self._cut_text(text, some) for text, some in zip(texts, borders, strict=True)]
-        self._tokenize(segment for segments, _ in cut for segment in segments if isinstance(segment, str))
-        self._tokenize(header for _, found in cut for _, header in found if header is not None)
-        results = [self._join(segments, found) for segments, found in cut]
+            return [None if MARK_START in text else self._encode_whole(text, places) for text, places in pairs]
+        rows = [self._segment(text, places) for text, places in pairs]
+        self._tokenize(segment for segments, _ in rows for segment in segments if isinstance(segment, str))
+        self._tokenize(before for _, found in rows for _, before in found if before is not None)
+        results = [self._join(segments, found) for segments, found in rows]
         if self._cached_characters > MAX_CACHED_CHARACTERS:
             self._cache.clear()
             self._cached_characters = 0
@@ -90,19 +94,16 @@ class TextEncoder:
 
     # ---- in segments ----------------------------------------------------------------------------
 
-    def _cut_text(self, text: str, borders: list[int]) -> tuple[list[str | int], list[tuple[int, str | None]]]:
-        """Segments (a text, or the id of a control token); and for each border its segment and what of it is before.
-
-        Marks stay in the segments.
-        """
-        segments: list[str | int] = []
-        starts: list[int] = []  # of the segments, in characters
+    def _segment(self, text: str, borders: list[int]) -> tuple[list[Segment], list[Border]]:
+        """Splits a text at its control tokens, and locates borders; marks stay in the segments."""
+        segments: list[Segment] = []
+        starts: list[int] = []  # where each segment starts in the text
         position = text_end = 0
-        parts = (self._cut_unmarked if MARK_START in text else self._cut).split(text)
+        parts = (self._split_unmarked if MARK_START in text else self._split).split(text)
         for i, part in enumerate(parts):
             start = position
             position += len(part)
-            if i % 2:
+            if i % 2:  # re.split puts the control tokens at the odd places
                 segments.append(self.special[part])
                 starts.append(text_end if part in self._strips_before else start)
                 continue
@@ -114,46 +115,35 @@ class TextEncoder:
                 part = part.rstrip(WHITE_SPACE)
             text_end = start + len(part)
             if part:
-                segments.append(part if i > 0 else _AT_START + part)
-                starts.append(start if i > 0 else -len(_AT_START))
-        starts_array = np.array(starts, dtype=np.int64)
-        found: list[tuple[int, str | None]] = []
-        for border in borders:
-            index = int(np.searchsorted(starts_array, border, side="right")) - 1
-            if index < 0 or starts[index] == border:
-                found.append((max(index, 0), None))
-            elif isinstance(segments[index], int) or border >= starts[index] + len(segments[index]):
-                found.append((index + 1, None))
-            else:
-                found.append((index, segments[index][: border - starts[index]]))
-        return segments, found
+                segments.append(part if i > 0 else AT_START + part)
+                starts.append(start if i > 0 else -len(AT_START))
+        return segments, _locate(borders, segments, starts)
 
     def _tokenize(self, segments: Iterable[str]) -> None:
         """Puts the ids of segments into the cache."""
         missing = {segment for segment in segments if segment not in self._cache}
         marked = {segment for segment in missing if MARK_START in segment}
-        at_start = {segment for segment in missing if segment.startswith(_AT_START)}
-        for some, backend, control_is_text in (
+        at_start = {segment for segment in missing if segment.startswith(AT_START)}
+        for group, backend, control_is_text in (
             (missing - marked - at_start, self._backend, False),
             (marked - at_start, self._backend, True),
             (at_start - marked, self._backend_at_start, False),
             (at_start & marked, self._backend_at_start, True),
         ):
-            batch = list(some)
+            batch = list(group)
             plain = [_plain(segment) for segment in batch]
             if self._words is not None and not control_is_text:
-                found = self._words.encode(plain)
+                encoded = self._words.encode(plain)
             else:
                 backend.encode_special_tokens = control_is_text
-                found = encode_batch(backend, plain)
+                encoded = encode_batch(backend, plain)
                 backend.encode_special_tokens = False
-            for segment, ids in zip(batch, found, strict=True):
+            for segment, ids in zip(batch, encoded, strict=True):
                 self._cache[segment] = np.frombuffer(ids, dtype=np.int32)
                 self._cached_characters += len(segment)
 
-    def _join(
-        self, segments: list[str | int], found: list[tuple[int, str | None]]
-    ) -> tuple[np.ndarray, list[int]] | None:
+    def _join(self, segments: list[Segment], borders: list[Border]) -> tuple[np.ndarray, list[int]] | None:
+        """The ids of a text and the tokens at its borders; None if a marked control token became a token."""
         parts = [
             self._cache[segment] if isinstance(segment, str) else np.array([segment], dtype=np.int32)
             for segment in segments
@@ -162,26 +152,26 @@ class TextEncoder:
             if isinstance(segment, str) and MARK_START in segment and np.isin(ids, self._special_ids).any():
                 return None
         ends = np.cumsum([0] + [len(ids) for ids in parts])
-        borders = [
-            int(ends[index]) + (0 if header is None else self._tokens_before(segments[index], header))
-            for index, header in found
+        tokens = [
+            int(ends[index]) + (0 if before is None else self._tokens_before(segments[index], before))
+            for index, before in borders
         ]
         ids = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
-        return ids, borders
+        return ids, tokens
 
-    def _tokens_before(self, segment: str, header: str) -> int:
-        """How many tokens of a segment start inside its first characters, `header`."""
-        ids, header_ids = self._cache[segment], self._cache[header]
-        in_blanks = header[-1].isspace() and segment[len(header)].isspace()  # which a normalizer may join
-        if not in_blanks and np.array_equal(ids[: len(header_ids)], header_ids):
-            return len(header_ids)  # the same tokens stand for the same text
-        backend = self._backend_at_start if segment.startswith(_AT_START) else self._backend
+    def _tokens_before(self, segment: str, before: str) -> int:
+        """How many tokens of a segment start inside its first characters, `before`."""
+        ids, ids_before = self._cache[segment], self._cache[before]
+        in_white_space = before[-1].isspace() and segment[len(before)].isspace()  # a normalizer may join the two
+        if not in_white_space and np.array_equal(ids[: len(ids_before)], ids_before):
+            return len(ids_before)  # the same tokens stand for the same text
+        backend = self._backend_at_start if segment.startswith(AT_START) else self._backend
         backend.encode_special_tokens = MARK_START in segment
         offsets = backend.encode(_plain(segment), add_special_tokens=False).offsets
         backend.encode_special_tokens = False
-        return sum(start < len(_plain(header)) for start, _ in offsets)
+        return sum(start < len(_plain(before)) for start, _ in offsets)
 
-    # ---- whole ----------------------------------------------------------------------------------
+    # ---- whole texts ----------------------------------------------------------------------------
 
     def _encode_whole(self, text: str, borders: list[int]) -> tuple[np.ndarray, list[int]]:
         self._backend_at_start.encode_special_tokens = False
@@ -190,29 +180,33 @@ class TextEncoder:
         return np.array(encoding.ids, dtype=np.int32), [int((starts < border).sum()) for border in borders]
 
 
-def one_of(words: Iterable[str]) -> str:
-    """A regular expression for any of the words, the longest where several match; it never tries them one by one."""
-    words = set(words)
-    if not words:
-        return r"(?!)"
-    rests: dict[str, list[str]] = {}
-    for word in sorted(words - {""}):
-        rests.setdefault(word[0], []).append(word[1:])
-    branches = [re.escape(first) + one_of(some) for first, some in rests.items()]
-    pattern = branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})" if branches else ""
-    return f"(?:{pattern})?" if branches and "" in words else pattern
+def _locate(borders: list[int], segments: list[Segment], starts: list[int]) -> list[Border]:
+    """The segment that each border is in, or that starts there.
 
-
-_AT_START = "\ue0f5"  # before a segment that begins the text: some tokenizers put a space there
+    Args:
+        borders: positions in the text, in characters.
+        starts: where each segment starts in the text.
+    """
+    starts_array = np.array(starts, dtype=np.int64)
+    located: list[Border] = []
+    for border in borders:
+        index = int(np.searchsorted(starts_array, border, side="right")) - 1
+        if index < 0 or starts[index] == border:
+            located.append((max(index, 0), None))
+        elif isinstance(segments[index], int) or border >= starts[index] + len(segments[index]):
+            located.append((index + 1, None))
+        else:
+            located.append((index, segments[index][: border - starts[index]]))
+    return located
 
 
 def _plain(segment: str) -> str:
-    """A segment as it is tokenized: without marks."""
-    return MARKS.sub("", segment.removeprefix(_AT_START))
+    """A segment without marks, as it is tokenized."""
+    return MARKS.sub("", segment.removeprefix(AT_START))
 
 
 def _backends(backend: Tokenizer) -> tuple[Tokenizer, Tokenizer]:
-    """The tokenizer inside: for a segment in the middle of a text, and for one at its start."""
+    """The tokenizer for segments inside a text, and the one for the segment at its start."""
     state = b"" if backend.pre_tokenizer is None else backend.pre_tokenizer.__getstate__()
     if b'"prepend_scheme":"first"' not in state:
         return backend, backend
@@ -223,14 +217,14 @@ def _backends(backend: Tokenizer) -> tuple[Tokenizer, Tokenizer]:
     return inside, backend
 
 
-def _is_cuttable(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a control token is one wherever its characters stand."""
+def _splits_at_control_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer splits at a control token wherever its characters stand."""
     added = tokenizer.added_tokens_decoder.values()
     special = [token for token in added if token.special]
     others = [token.content for token in added if not token.special]
     strips = any(token.lstrip or token.rstrip for token in special)
     if strips and any(t.content != t.content.strip() or t.lstrip or t.rstrip for t in added if not t.special):
-        return False  # both want the same white space
+        return False  # a control token and another token may claim the same white space
     has_normalizer = tokenizer.backend_tokenizer.normalizer is not None
     if any(token.single_word or (token.normalized and has_normalizer) for token in special):
         return False
@@ -238,7 +232,7 @@ def _is_cuttable(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _overlap(other: str, control: str) -> bool:
-    """Whether an occurrence of `other` can take characters of a `control` token that starts after it does."""
+    """Whether the token `other` can take characters of a `control` token that starts after it does."""
     if control in other:
         return True
     return any(control.startswith(other[i:]) for i in range(len(other)) if other[i] == control[0])

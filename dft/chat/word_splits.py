@@ -1,15 +1,14 @@
-"""Where a text can be cut inside a segment: before a single blank that stands between two words.
+"""Whether splitting at single spaces preserves token ids, which follows from a tokenizer's regular expressions.
 
-Byte-level tokenizers cut text with regular expressions before they look at any vocabulary. Nearly all of
-these never match across a blank: a blank begins a match (" word") or is a part of white space. Then each
-side of " " in "one two" becomes the same tokens alone as together, and the tokens of " two" can be kept
-for the next time.
+Byte-level tokenizers split text by regular expressions before they look at any vocabulary. Nearly all of these
+never match across a space: a space begins a match (" word") or is a part of white space. Then each side of " " in
+"one two" becomes the same tokens alone as together, and the tokens of " two" can be cached.
 
-Why this holds, for a blank between two characters that are no white space. Nothing matches across it: a
-match that holds it starts there, or is white space altogether. So what stands before it ends a match or
-lies in no match, and since some expression always takes a blank, a match starts there. No expression
-looks around, but for `\\s+(?!\\S)`, where a run of white space is longer than the one blank. So the matches
-on each side don't depend on the other. The same goes for each of several expressions in a sequence.
+Why this holds, for a space between two characters that are not white space. Nothing matches across it: a match
+that has it starts there, or is white space altogether. So the text before it ends a match or is in no match, and
+since some expression always matches a space, a match starts there. No expression looks around, except
+`\\s+(?!\\S)`, which matters only where white space is longer than one space. So the matches on each side don't
+depend on the other side. The same holds for each of several expressions in a sequence.
 """
 
 import json
@@ -18,11 +17,11 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-# a piece: a blank if there is one, then text without a single blank between two words
+# A piece is a leading space, if there is one, and text without a single space between two words.
 PIECE = re.compile(r"(?: ?\S+|\s+\S*)(?:(?! \S)\s+\S*)*")
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # ByteLevel's own
-# what an expression may consist of; whoever uses more isn't cut
-PROPERTY = r"\\p\{(?:[LMNPS][a-z]?|Han|Hiragana|Katakana|Hangul|Latin)\}"  # no white space has these
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # built into ByteLevel
+# An expression may consist of these parts; with other parts, texts are not split.
+PROPERTY = r"\\p\{(?:[LMNPS][a-z]?|Han|Hiragana|Katakana|Hangul|Latin)\}"  # white space has none of these
 CLASS_ITEM = re.compile(rf"{PROPERTY}|(?:\\.|[^\\])-(?:\\.|[^\\])|\\.|[^\\]", re.DOTALL)
 PART = re.compile(
     rf"""
@@ -34,30 +33,46 @@ PART = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
-TAKES_BLANKS = [[(r"\s", times)] for times in ("", "+", "++")]
+WHITE_SPACE_BRANCHES = [[(r"\s", times)] for times in ("", "+", "++")]
 QUANTIFIER = re.compile(r"(?:[?*+]|\{\d+(?:,\d*)?\})?[?+]?")
 
+Atom = tuple[str, str]  # what an expression matches at one place, and how often
 
-def pieces(text: str) -> list[str]:
-    """`text` cut before every single blank between two words."""
+
+def split_at_spaces(text: str) -> list[str]:
+    """Splits a text before every single space between two words."""
     return PIECE.findall(text)
 
 
-def can_cut_at_blanks(backend: Tokenizer) -> bool:
-    """Whether the pieces of a text have the tokens that they have within it.
+def can_split_at_spaces(backend: Tokenizer) -> bool:
+    """Whether the pieces of `split_at_spaces` have the token ids that they have within the text.
 
-    True only where that follows from the tokenizer's parts; False for others, which may be as good.
+    True only where that follows from the tokenizer's parts; False for others, where it may hold too.
     """
     state = json.loads(backend.to_str(pretty=False))
-    if state["model"]["type"] != "BPE" or state["model"]["dropout"] or not _is_harmless(state["normalizer"]):
+    if state["model"]["type"] != "BPE" or state["model"]["dropout"] or not _keeps_spaces(state["normalizer"]):
         return False
     for token in state["added_tokens"]:
         if token["lstrip"] or token["rstrip"] or token["single_word"] or " " in token["content"]:
             return False
-    steps = state["pre_tokenizer"] or {}
-    steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
-    if not steps or steps[-1].get("type") != "ByteLevel":
+    expressions = _expressions(state["pre_tokenizer"] or {})
+    if expressions is None or not all(map(is_safe, expressions)):
         return False
+    return any(branch in WHITE_SPACE_BRANCHES for expression in expressions for branch in _branches(expression))
+
+
+def _keeps_spaces(normalizer: dict[str, Any] | None) -> bool:
+    """Whether a normalizer changes no space: NFC joins no character to a space and makes none."""
+    if normalizer is None or normalizer["type"] == "NFC":
+        return True
+    return normalizer["type"] == "Sequence" and all(map(_keeps_spaces, normalizer["normalizers"]))
+
+
+def _expressions(pre_tokenizer: dict[str, Any]) -> list[str] | None:
+    """The expressions that a byte-level pre-tokenizer splits by, in order; None if it has steps of another kind."""
+    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer.get("type") == "Sequence" else [pre_tokenizer]
+    if not steps or steps[-1].get("type") != "ByteLevel":
+        return None
     expressions: list[str] = []
     for step in steps:
         if step.get("type") == "ByteLevel" and not step["add_prefix_space"] and step is steps[-1]:
@@ -65,31 +80,20 @@ def can_cut_at_blanks(backend: Tokenizer) -> bool:
         elif step.get("type") == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
             expressions.append(step["pattern"].get("Regex", "."))
         elif step.get("type") != "Digits":
-            return False
-    if not all(map(keeps_to_words, expressions)):
-        return False
-    return any(branch in TAKES_BLANKS for expression in expressions for branch in _branches(expression))
-
-
-def _is_harmless(normalizer: dict[str, Any] | None) -> bool:
-    """NFC joins no character to a blank before it or after it, and makes none."""
-    if normalizer is None or normalizer["type"] == "NFC":
-        return True
-    return normalizer["type"] == "Sequence" and all(map(_is_harmless, normalizer["normalizers"]))
+            return None
+    return expressions
 
 
 # ---- regular expressions ------------------------------------------------------------------------
 
-Atom = tuple[str, str]  # and how often
-
 
 def _branches(expression: str) -> list[list[Atom]]:
-    """The alternatives of an expression, each as what it matches one after the other.
+    """The alternatives of an expression, each as the atoms that it matches one after the other.
 
-    Atoms inside a group get the number of times "in a group", the look ahead `(?!\\S)` "no more".
+    Atoms inside a group get the quantifier "in a group", the lookahead `(?!\\S)` gets "no more".
 
     Raises:
-        ValueError: the expression has other parts.
+        ValueError: the expression has parts of another kind.
     """
     branches: list[list[Atom]] = [[]]
     position = depth = 0
@@ -109,36 +113,36 @@ def _branches(expression: str) -> list[list[Atom]]:
     return branches
 
 
-def keeps_to_words(expression: str) -> bool:
-    """Whether a blank between two words can only be the first character of a match, and nothing looks around."""
+def is_safe(expression: str) -> bool:
+    """Whether a space between two words can only be the first character of a match, and nothing looks around."""
     try:
-        return all(map(_is_branch_of_words, _branches(expression)))
+        return all(map(_is_safe_branch, _branches(expression)))
     except ValueError:
         return False
 
 
-def _is_branch_of_words(branch: list[Atom]) -> bool:
+def _is_safe_branch(branch: list[Atom]) -> bool:
     atoms = [(atom, times) for atom, times in branch if times != "no more"]
-    if atoms and all(times != "in a group" and _takes(atom)[1] for atom, times in atoms):
-        return all(times != "no more" for _, times in branch[:-1])
+    if atoms and all(times != "in a group" and _matches(atom)[1] for atom, times in atoms):
+        return all(times != "no more" for _, times in branch[:-1])  # white space alone, perhaps with a lookahead
     if not atoms or len(atoms) < len(branch):
         return False
     return not any(
-        _takes(atom)[0] and (i > 0 or times not in ("", "?", "?+")) for i, (atom, times) in enumerate(atoms)
+        _matches(atom)[0] and (i > 0 or times not in ("", "?", "?+")) for i, (atom, times) in enumerate(atoms)
     )
 
 
-def _takes(atom: str) -> tuple[bool, bool]:
-    """Whether an atom can match a blank, and whether it matches nothing but white space.
+def _matches(atom: str) -> tuple[bool, bool]:
+    """Whether an atom can match a space, and whether it matches nothing but white space.
 
     Raises:
-        ValueError: a backslash before an unknown letter.
+        ValueError: the atom is of an unknown kind.
     """
     if atom.startswith("["):
         is_negated = atom.startswith("[^")
-        items = [_takes(item) for item in CLASS_ITEM.findall(atom[1 + is_negated : -1])]
-        takes_blank = any(blank for blank, _ in items)
-        return (not takes_blank, False) if is_negated else (takes_blank, all(white for _, white in items))
+        items = [_matches(item) for item in CLASS_ITEM.findall(atom[1 + is_negated : -1])]
+        has_space = any(space for space, _ in items)
+        return (not has_space, False) if is_negated else (has_space, all(white for _, white in items))
     if re.fullmatch(PROPERTY, atom):
         return False, False
     if len(atom) > 2:

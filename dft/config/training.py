@@ -1,29 +1,34 @@
 """The training flags: those of transformers, those of its older versions, and how batches are made."""
 
-import json
+import copy
 import logging
 import os
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from accelerate.utils import DynamoBackend
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import is_liger_kernel_available
 
-from dft.config.arguments import did_you_mean, option
+from dft.config.options import option
+from dft.config.training_checks import check_training, rows_of_batch, tracker_names
 from dft.distributed import has_accelerator, join_for_deepspeed
 from dft.errors import UserError
 
 logger = logging.getLogger(__name__)
-EVALUATION_METRICS = ("acc", "ce_loss", "perplexity", "avg_p_correct", "loss")
+TRACKERS = tuple(INTEGRATION_TO_CALLBACK)
+COMPILE_BACKENDS = tuple(name.lower() for name in DynamoBackend.__members__)
 
 
 @dataclass
 class DFTTrainingArguments(TrainingArguments):
-    """transformers.TrainingArguments with the flags of older versions brought back, and a few better defaults."""
+    """transformers.TrainingArguments with the flags of older versions brought back, and a few better defaults.
+
+    Raises:
+        UserError: a value outside its range, flags that contradict each other, or one that needs a GPU without any.
+    """
 
     _argument_group_name = "training"
 
@@ -85,13 +90,9 @@ class DFTTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
-        if self.disable_tqdm is None:
-            self.disable_tqdm = not sys.stderr.isatty()
-        self._restore_old_flags()
-        self._resolve_batches()
-        self._check_ranges()
-        self._check_liger()
-        self._check_deepspeed_file()
+        check_training(self, TRACKERS, COMPILE_BACKENDS)
+        self._fill_in_defaults()
+        self._disable_liger_losses()
         if not has_accelerator():
             if self.fp16:
                 raise UserError("--fp16 needs a GPU and there is none here: drop it")
@@ -114,55 +115,22 @@ class DFTTrainingArguments(TrainingArguments):
             )
             self._n_gpu = 1
 
-    def _restore_old_flags(self) -> None:
+    def _fill_in_defaults(self) -> None:
+        """Gives transformers what the flags mean, in its own terms."""
+        if self.disable_tqdm is None:
+            self.disable_tqdm = not sys.stderr.isatty()
         if self.eval_strategy is None:
             self.eval_strategy = "no"
-        names = [name for item in self.report_to or ["none"] for name in item.split(",") if name]
-        self.report_to = names[0] if names in (["all"], ["none"]) else [n for n in names if n != "none"]
-        for name in [] if isinstance(self.report_to, str) else self.report_to:
-            if name not in INTEGRATION_TO_CALLBACK:
-                hint = did_you_mean(name, INTEGRATION_TO_CALLBACK) or f"; known: {', '.join(INTEGRATION_TO_CALLBACK)}"
-                raise UserError(f"--report_to: unknown tracker {name}{hint}")
+        names = tracker_names(self.report_to)
+        self.report_to = names[0] if names in (["all"], ["none"]) else names
         if self.warmup_ratio is not None:
-            if not 0 <= self.warmup_ratio < 1:
-                raise UserError(f"--warmup_ratio is {self.warmup_ratio}; it must be at least 0 and below 1")
-            if self.warmup_steps not in (0, self.warmup_ratio):
-                raise UserError(f"--warmup_ratio {self.warmup_ratio} and --warmup_steps {self.warmup_steps}: give one")
             self.warmup_steps = self.warmup_ratio  # below 1, transformers reads it as a share
         if self.logging_dir is not None:
             os.environ["TENSORBOARD_LOGGING_DIR"] = self.logging_dir
-        if not self.save_safetensors:
-            raise UserError("--save_safetensors False: only safetensors is written; drop the flag")
-        if not self.average_tokens_across_devices:
-            raise UserError(
-                "--average_tokens_across_devices False: the loss is always normalized over the global batch; drop it"
-            )
-        if self.label_smoothing_factor:
-            raise UserError(f"--label_smoothing_factor {self.label_smoothing_factor}: the DFT loss has none; drop it")
+        self.per_device_train_batch_size = rows_of_batch(self)
 
-    def _resolve_batches(self) -> None:
-        counted = "--max_tokens_per_batch" if self.max_tokens_per_batch else "--batching packed"
-        if self.max_tokens_per_batch is not None:
-            if self.max_tokens_per_batch < 1:
-                raise UserError(f"--max_tokens_per_batch is {self.max_tokens_per_batch}; it must be at least 1")
-            if self.per_device_train_batch_size is not None:
-                raise UserError(
-                    "--max_tokens_per_batch counts micro-batches in tokens, --per_device_train_batch_size in rows: "
-                    "give one"
-                )
-        rows_have_lengths = self.max_tokens_per_batch is None and self.batching != "packed"
-        if self.train_sampling_strategy not in (None, "random", "sequential") and not rows_have_lengths:
-            raise UserError(
-                f"--train_sampling_strategy {self.train_sampling_strategy} puts rows together by length, {counted} by "
-                "how they fill a batch: drop one"
-            )
-        if self.per_device_train_batch_size is None:
-            self.per_device_train_batch_size = 8 if rows_have_lengths else 1
-        if self.auto_find_batch_size and self.max_tokens_per_batch is not None:
-            raise UserError("--auto_find_batch_size lowers rows, --max_tokens_per_batch counts tokens: drop one")
-
-    def _check_liger(self) -> None:
-        """Liger's kernels for the layers, without its losses."""
+    def _disable_liger_losses(self) -> None:
+        """Liger's kernels are for the layers alone: its losses would replace the DFT loss."""
         if not self.use_liger_kernel:
             return
         losses = ("fused_linear_cross_entropy", "cross_entropy")
@@ -173,41 +141,9 @@ class DFTTrainingArguments(TrainingArguments):
             raise UserError("--use_liger_kernel needs a GPU and the package liger-kernel: drop it, or install it")
         self.liger_kernel_config = config | dict.fromkeys(losses, False)
 
-    def _check_ranges(self) -> None:
-        """What transformers finds out late, or not at all."""
-        for name in ("seed", "data_seed"):
-            if not 0 <= (getattr(self, name) or 0) < 2**32:
-                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 0 and below 2**32")
-        backend = self.torch_compile_backend
-        if backend is not None and backend.upper() not in DynamoBackend.__members__:
-            known = ", ".join(name.lower() for name in DynamoBackend.__members__)
-            raise UserError(f"--torch_compile_backend is {backend}; it must be one of {known}")
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("logging_steps", "eval_steps", "save_steps"):
-            if (getattr(self, name) or 0) < 0:
-                raise UserError(f"--{name} is {getattr(self, name)}; it must be above 0")
-        if self.learning_rate < 0:
-            raise UserError(f"--learning_rate is {self.learning_rate}; it must be at least 0")
-        if self.max_steps <= 0 and self.num_train_epochs <= 0:
-            raise UserError(f"--num_train_epochs is {self.num_train_epochs}; it must be above 0")
-        metric = self.metric_for_best_model
-        if metric is not None and metric.removeprefix("eval_") not in EVALUATION_METRICS:
-            known = ", ".join(f"eval_{name}" for name in EVALUATION_METRICS)
-            raise UserError(f"--metric_for_best_model is {metric}; it must be one of {known}")
-        if self.load_best_model_at_end and self.save_only_model and self.deepspeed:
-            raise UserError(
-                "--load_best_model_at_end can't be combined with --save_only_model under DeepSpeed: drop one"
-            )
 
-    def _check_deepspeed_file(self) -> None:
-        if not isinstance(self.deepspeed, str) or self.deepspeed.startswith("{"):
-            return
-        path = Path(self.deepspeed)
-        if not path.is_file():
-            raise UserError(f"--deepspeed {path}: no such file; ds_config/ holds zero2.json, zero3.json and more")
-        try:
-            json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"--deepspeed {path} is not valid JSON: {error}") from error
+def with_values(args: DFTTrainingArguments, **values: Any) -> DFTTrainingArguments:
+    """A copy with other values: what was left open on the command line, decided by the model and the data."""
+    decided = copy.copy(args)
+    vars(decided).update(values)
+    return decided

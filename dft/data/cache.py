@@ -1,4 +1,4 @@
-"""Work that is kept under the name of what it was made from: done once, whole or not at all."""
+"""Content-addressed cache of prepared data; entries are published atomically."""
 
 import errno
 import hashlib
@@ -29,7 +29,13 @@ PACKAGES = ("transformers", "tokenizers", "jinja2", "pyarrow", "datasets")
 
 
 def data_key(paths: Iterable[str], tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]) -> str:
-    """32 hexadecimal digits for the content of the files, the tokenizer and its template, the settings, the code."""
+    """The name of a cache entry: 32 hexadecimal digits of a hash of everything that decides what is in it.
+
+    Args:
+        paths: data files, which are hashed by name and content.
+        tokenizer: hashed with its chat template.
+        settings: JSON values.
+    """
     code = sorted(path for room in ROOMS for path in (Path(__file__).parents[1] / room).glob("*.py"))
     digest = hashlib.sha256()
     for part in (
@@ -54,10 +60,10 @@ def _content(path: str) -> str:
 
 
 def cached(directory: Path, key: str, build: Callable[[Path], None], overwrite: bool = False) -> Path:
-    """The directory that `build` fills, made if it isn't there yet.
+    """The directory of a cache entry, filled by `build` if it isn't there yet.
 
-    Of several processes that want the same at once, one builds and the others wait. What a killed one
-    left is thrown away: the directory gets its name when it is whole.
+    Of several processes that want the same entry at once, one builds it and the others wait. An entry gets its name
+    when it is whole, so that what a killed process left behind is never taken for one.
 
     Raises:
         UserError: the directory can't be written to; or by `build`.
@@ -78,7 +84,7 @@ def cached(directory: Path, key: str, build: Callable[[Path], None], overwrite: 
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
         build(unfinished)
-        if target.is_dir():  # others may be reading: it is whole at any time
+        if target.is_dir():  # others may be reading it, so it is moved away whole
             target.rename(replaced)
         unfinished.rename(target)
     except OSError as error:

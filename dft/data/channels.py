@@ -1,19 +1,16 @@
-"""Where rows come from, for metrics of each source: the data file, or what a row's own field `channel` says."""
+"""Channels: the sources of rows that have metrics of their own, by data file or by the rows' field `channel`."""
 
 import logging
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
+from dft.config.data import MAX_CHANNELS, Channels
 from dft.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-Channels = Literal["auto", "file", "field", "none"]
-MAX_CHANNELS = 50  # that auto gives metrics of their own: a chart for each is still looked at
 
 
 def file_names(paths: Sequence[str]) -> list[str]:

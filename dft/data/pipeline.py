@@ -1,35 +1,36 @@
-"""The steps from files to token arrays, in a few processes: survey, tokenize, write."""
+"""The steps from files to token arrays, in several processes: survey, tokenize, write."""
 
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pyarrow
 from datasets import Features, List, Value
 from tqdm.auto import tqdm
 
-from dft.chat.example import Example, RowError, truncate
+from dft.chat.example import Example, truncate
 from dft.chat.format import ChatFormat
+from dft.config.data import Truncation
 from dft.data.rejection_log import RejectionLog
 from dft.data.selection import Catalog, digests
 from dft.data.worker_pool import WorkerPool
 from dft.errors import UserError
-from dft.reading.files import DataFile, RawRow, read_rows
-from dft.reading.formats import Conversation, RejectedRow, RowReader
+from dft.reading.discovery import DataFile
+from dft.reading.formats import RowReader
+from dft.reading.raw_rows import read_rows
+from dft.reading.rows import Conversation, RawRow, RejectedRow, RowError
 
 ROWS_PER_TASK = 256
 CHARACTERS_PER_TASK = 1 << 21
 TOKENS = {"input_ids": List(Value("int32")), "labels": List(Value("int32"))}
 WEIGHTS = {"loss_weights": List(Value("float32"))}
-Truncation = Literal["right", "left", "drop", "error"]
 
 
 @dataclass(frozen=True)
 class TokenSettings:
-    """How rows become tokens; what the processes share."""
+    """How rows become tokens; shared by all worker processes."""
 
     chat_format: ChatFormat
     max_length: int
@@ -40,7 +41,7 @@ class TokenSettings:
 
 
 def reject_untrainable(row: Conversation | RejectedRow) -> Conversation | RejectedRow:
-    """`row` itself, or its rejection if the assistant says nothing in it."""
+    """The row itself, or its rejection if the assistant says nothing in it."""
     if isinstance(row, RejectedRow):
         return row
     turns = [m for m in row.messages if m["role"] == "assistant"]
@@ -61,10 +62,10 @@ def reject(row: Conversation, reason: str, detail: str) -> RejectedRow:
 
 @dataclass
 class _Surveyed:
-    """What the first reading finds in some rows of one file."""
+    """Results of the first reading for a batch of rows of one file."""
 
     num_rows: int
-    valid: list[int]  # places among them
+    valid: list[int]  # indices of the valid rows in the batch
     content: list[int]  # digests of the valid rows
     prompt: list[int]
     rejected: list[RejectedRow]
@@ -86,8 +87,8 @@ def _survey(_: TokenSettings, reader: RowReader, raw: list[RawRow]) -> _Surveyed
     return result
 
 
-def portions(reader: RowReader, wanted: np.ndarray | None = None) -> Iterator[tuple[RowReader, list[RawRow]]]:
-    """The rows of a file, or those at the places `wanted` (bool), in portions for one task."""
+def row_batches(reader: RowReader, wanted: np.ndarray | None = None) -> Iterator[tuple[RowReader, list[RawRow]]]:
+    """Batches of the rows of a file, one for each task; with `wanted` (bool), only of the rows that it marks."""
     rows: list[RawRow] = []
     characters = 0
     for i, row in enumerate(read_rows(reader.path)):
@@ -110,7 +111,7 @@ def survey(
     rows_read = [0] * len(files)
     has_weights = False
     index_of = {reader.path: i for i, reader in enumerate(readers)}
-    tasks = (task for reader in readers for task in portions(reader))
+    tasks = (task for reader in readers for task in row_batches(reader))
     with tqdm(desc=f"Reading {len(files)} files", unit="row", disable=not progress) as bar:
         for (reader, _), found in pool.map(_survey, tasks):
             index = index_of[reader.path]
@@ -131,7 +132,7 @@ def survey(
 
 @dataclass
 class RowStatistics:
-    """What became of some rows of one file: [K] rows are kept."""
+    """Statistics of a batch of rows of one file, of which [K] are kept."""
 
     length: np.ndarray  # int32 [K], tokens
     supervised: np.ndarray  # int32 [K], tokens
@@ -149,7 +150,7 @@ class Tokenized:
     input_ids: np.ndarray  # int32 [S]
     labels: np.ndarray  # int32 [S]
     weights: np.ndarray | None  # float32 [S]; None: 1 everywhere
-    place: np.ndarray  # int64 [K], of the kept rows among those that were given
+    place: np.ndarray  # int64 [K], indices of the kept rows in the batch
     rows: RowStatistics
     rejected: list[RejectedRow]
 
@@ -180,17 +181,24 @@ def _tokenize(settings: TokenSettings, reader: RowReader, raw: list[RawRow]) -> 
     if any(isinstance(row, RejectedRow) for row in rows):
         raise UserError(f"{reader.path} was changed while it was being read")
     results = tokenize_conversations(rows, settings.chat_format, settings.max_length, settings.truncation)
-    return pack(results, rows)
+    return stack_examples(results, rows)
 
 
-def pack(results: list[Example | RejectedRow], rows: list[Conversation]) -> Tokenized:
-    """Examples, and what is kept of the rows that they come from, as arrays."""
+def stack_examples(results: list[Example | RejectedRow], rows: list[Conversation]) -> Tokenized:
+    """Examples and their statistics as arrays.
+
+    Args:
+        results: for each of the rows, its tokens or why it has none.
+    """
     places = [i for i, row in enumerate(results) if isinstance(row, Example)]
     examples = [results[i] for i in places]
     weights = None
-    if any(row.weights is not None for row in examples):
+    if any(row.loss_weights is not None for row in examples):
         weights = _concatenate(
-            [np.ones(len(row.labels), np.float32) if row.weights is None else row.weights for row in examples]
+            [
+                np.ones(len(row.labels), np.float32) if row.loss_weights is None else row.loss_weights
+                for row in examples
+            ]
         )
     statistics = RowStatistics(
         length=np.array([len(row.input_ids) for row in examples], dtype=np.int32),
@@ -244,8 +252,8 @@ def tokenize_files(
             wanted = np.zeros(catalog.rows_read[number], dtype=bool)
             wanted[catalog.ordinal[rows]] = True
             done = 0
-            for (_, raw), result in pool.map(_tokenize, portions(reader, wanted) if len(rows) else ()):
-                stream.write_table(table(result, catalog.has_weights))
+            for (_, raw), result in pool.map(_tokenize, row_batches(reader, wanted) if len(rows) else ()):
+                stream.write_table(arrow_table(result, catalog.has_weights))
                 written.append(rows[done + result.place])
                 done += len(raw)
                 of_file[number].append(result.rows)
@@ -257,7 +265,7 @@ def tokenize_files(
 
 
 def merge(parts: list[RowStatistics]) -> RowStatistics:
-    """Several parts as one."""
+    """Concatenates the statistics of several batches of one file."""
     return RowStatistics(
         length=_concatenate([part.length for part in parts]),
         supervised=_concatenate([part.supervised for part in parts]),
@@ -274,7 +282,7 @@ def features(has_weights: bool) -> Features:
     return Features({**TOKENS, **(WEIGHTS if has_weights else {})})
 
 
-def table(rows: Tokenized, has_weights: bool) -> pyarrow.Table:
+def arrow_table(rows: Tokenized, has_weights: bool) -> pyarrow.Table:
     """Rows as an Arrow table with the columns of `features`."""
     offsets = pyarrow.array(np.concatenate([[0], np.cumsum(rows.rows.length)]), pyarrow.int32())
     columns = [rows.input_ids, rows.labels]

@@ -14,7 +14,7 @@ from dft.data.report import SampleRow
 
 @dataclass
 class PreparedData:
-    """The tokenized rows to train and to evaluate on, and what became of the others.
+    """The tokenized rows to train and to evaluate on, and the report on all others.
 
     The columns are input_ids and labels (int32 lists; -100 where nothing is supervised); where
     assistant turns are weighted, loss_weights (float32 lists); where there are channels, channel (int32).
@@ -25,10 +25,10 @@ class PreparedData:
     train_files: np.ndarray  # int32 [rows of train], index into report["files"]
     train_lines: np.ndarray  # int64 [rows of train], where the row begins in its file
     lengths: np.ndarray  # int32 [rows of train], tokens
-    report: dict[str, Any]  # see data_report.make_report
+    report: dict[str, Any]  # see report.make_report
     samples: list[SampleRow]  # the first training row of each file
     directory: Path  # rejected.jsonl is there
-    channels: list[str]  # the sources that metrics are told apart by; empty for none
+    channels: list[str]  # names of the sources that have metrics of their own; empty for none
 
     def source_of(self, index: int) -> str:
         """The file and line of a training row."""
@@ -45,10 +45,10 @@ class PreparedData:
 
 
 def load_prepared(directory: Path, channels: Channels = "auto") -> PreparedData:
-    """What `prepare_in_cache` has written; the tokens stay on the disk.
+    """Loads what build.build has written to a directory; the tokens stay on the disk.
 
     Args:
-        channels: what rows are told apart by, see channels.choose_channels.
+        channels: how rows are divided into channels, see channels.choose_channels.
     """
     tokens = Dataset.from_file(str(directory / "tokens.arrow"))
     report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
@@ -58,9 +58,10 @@ def load_prepared(directory: Path, channels: Channels = "auto") -> PreparedData:
     _, first = np.unique(file[train], return_index=True)
     samples = [
         SampleRow(
-            report["files"][file[i]]["path"],
-            int(line[i]),
-            *(np.array(tokens[int(i)][c]) for c in tokens.column_names[:2]),
+            path=report["files"][file[i]]["path"],
+            line=int(line[i]),
+            input_ids=np.array(tokens[int(i)]["input_ids"]),
+            labels=np.array(tokens[int(i)]["labels"]),
         )
         for i in train[np.sort(first)]
     ]

@@ -1,27 +1,27 @@
-"""The rows that are not trained on: written to a file as they come, counted, and what stops a run."""
+"""Rejected rows: written to rejected.jsonl as they come, counted by reason, and the decision to stop a run."""
 
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import TextIO
 
+from dft.config.data import DataValidation
 from dft.errors import UserError
-from dft.reading.formats import RejectedRow
+from dft.reading.rows import RejectedRow
 
-DataValidation = Literal["standard", "strict", "lenient"]
 SHOWN_ERRORS = 20
-ASKED_FOR = ("duplicate", "leaked")
+DROPPED_ON_REQUEST = ("duplicate", "leaked")
 
 
 class RejectionLog:
-    """Rejected rows, of which the first few and the counts stay in memory.
+    """Collects rejected rows; the counts and the first few of them stay in memory.
 
     Args:
         path: a file of JSON lines, with every row whole.
-        data_validation: what stops the run. standard: malformed rows. strict: all, but for those that were
-            asked to be dropped. lenient: none.
+        data_validation: the rows that stop the run. standard: malformed ones. strict: all but those that are dropped
+            on request. lenient: none.
         truncation: error stops it at rows that are too long.
 
     Attributes:
@@ -60,7 +60,7 @@ class RejectionLog:
     def _stops(self, row: RejectedRow) -> bool:
         if row.reason == "too_long":
             return self._truncation == "error"
-        if row.reason in ASKED_FOR:
+        if row.reason in DROPPED_ON_REQUEST:
             return False
         return self._data_validation == "strict" or (self._data_validation == "standard" and row.is_malformed)
 

@@ -1,4 +1,4 @@
-"""What became of the data: counts for every file, the rows that were dropped, and sample rows to look at."""
+"""The data report: counts for every file, notes on what was dropped, and sample rows to look at."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dft.labels import IGNORE_INDEX
+from dft.constants import IGNORE_INDEX
 
 PERCENTILES = {"min": 0, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "p99": 99, "max": 100}
 GREEN, GRAY, PLAIN = "\033[32m", "\033[90m", "\033[0m"
@@ -21,7 +21,7 @@ CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a terminal w
 
 @dataclass
 class FileStatistics:
-    """What became of the rows of one file."""
+    """Counts for the rows of one file."""
 
     path: str
     format: str
@@ -39,7 +39,7 @@ class FileStatistics:
 
 @dataclass
 class SampleRow:
-    """One tokenized row to look at, and where it comes from."""
+    """A tokenized row to look at, and where it comes from."""
 
     path: str
     line: int
@@ -51,16 +51,19 @@ class SampleRow:
 
 
 def make_report(files: list[FileStatistics]) -> dict[str, Any]:
-    """What became of every row: {"files": [one entry for each file], "total": the same over all files}.
+    """The report: {"files": [one entry for each file], "total": the same over all files}.
 
     An entry holds path, format, rows_read, kept, not_sampled, rejected {reason: count}, duplicates, leaked,
     tokens, supervised_tokens, truncated and control_tokens_in_text (rows), not_rendered {column: rows whose
     chat template never shows it}, and length_percentiles (tokens).
     """
     total = FileStatistics(
-        "total",
-        "",
-        *(sum(getattr(file, name) for file in files) for name in ("rows_read", "not_sampled", "duplicates", "leaked")),
+        path="total",
+        format="",
+        rows_read=sum(file.rows_read for file in files),
+        not_sampled=sum(file.not_sampled for file in files),
+        duplicates=sum(file.duplicates for file in files),
+        leaked=sum(file.leaked for file in files),
         rejected=sum((file.rejected for file in files), Counter()),
         lengths=np.concatenate([file.lengths for file in files]),
         supervised=sum(file.supervised for file in files),
@@ -128,7 +131,7 @@ def report_cells(report: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def report_notes(report: dict[str, Any]) -> list[str]:
-    """What the table can't say, in sentences."""
+    """Remarks in sentences, for what the table doesn't show."""
     total = report["total"]
     notes = []
     dropped = ", ".join(f"{n:,} {reason}" for reason, n in total["rejected"].items())
@@ -183,7 +186,7 @@ def aligned(cells: list[tuple[str, ...]], num_left: int) -> list[str]:
 
 
 def runs(row: SampleRow, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
-    """The text of a row in runs of tokens that are all supervised or all not."""
+    """The decoded text of a row, cut into runs of tokens that are all supervised or all not."""
     supervised = row.labels != IGNORE_INDEX
     borders = np.flatnonzero(np.diff(supervised)) + 1
     parts = zip(np.split(row.input_ids, borders), np.split(supervised, borders), strict=True)

@@ -1,7 +1,7 @@
-"""Which rows are trained on, and which are held out: sampling, duplicates, leakage, the split, the mix.
+"""Row selection: sampling, duplicates, leakage, the train–evaluation split and the mixture of files.
 
-Rows are known by two digests of 64 bits (two different rows of a million share one with a chance of
-3e-8). Every choice is by the seed and the content, so the same rows are chosen each time.
+Rows are identified by two 64-bit digests (among a million different rows, two share a digest with probability 3e-8).
+Every choice depends on the seed and the content alone, so the same rows are chosen each time.
 """
 
 import hashlib
@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from dft.config.data import DataConfig
 from dft.errors import UserError
-from dft.reading.files import DataFile
-from dft.reading.formats import Conversation
+from dft.reading.discovery import DataFile
+from dft.reading.rows import Conversation
 
-MARKS_OF_TRAINING = ("weight", "train")  # keys of a message that don't make its prompt another one
+IGNORED_IN_PROMPT = ("weight", "train")  # keys of a message that are ignored when prompts are compared
 
 
 @dataclass
@@ -33,7 +34,7 @@ class Catalog:
 
 @dataclass
 class Selection:
-    """What becomes of the rows of a catalog: bool [R] each."""
+    """The outcome for every row of a catalog: masks, bool [R]."""
 
     train: np.ndarray
     evaluation: np.ndarray
@@ -43,18 +44,18 @@ class Selection:
 
 
 def digests(row: Conversation) -> tuple[int, int]:
-    """Digests of a conversation and of its prompt, what stands before its last assistant turn.
+    """Digests of a conversation and of its prompt, the messages before its last assistant turn.
 
-    White space around a message doesn't count. What is trained on (weights) and the template's arguments
-    belong to the conversation and not to the prompt. A prompt without a user's message is no prompt: it
-    has the digest of the whole.
+    White space around a message is ignored. Loss weights and the template's arguments belong to the conversation, not
+    to the prompt. Where no user speaks before the last assistant turn, there is no prompt to compare, and the digest
+    of the whole conversation stands in for it.
     """
     messages = [{**m, "content": m["content"].strip()} for m in row.messages]
     content = _digest([messages, row.tools, row.template_kwargs])
     last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=0)
     if not any(m["role"] == "user" for m in messages[:last]):
         return content, content
-    prompt = [{key: value for key, value in m.items() if key not in MARKS_OF_TRAINING} for m in messages[:last]]
+    prompt = [{key: value for key, value in m.items() if key not in IGNORED_IN_PROMPT} for m in messages[:last]]
     return content, _digest([prompt, row.tools])
 
 
@@ -67,21 +68,15 @@ def select(
     rows: Catalog,
     train_files: Iterable[int],
     eval_files: Iterable[int],
-    *,
-    dedup: bool,
-    drop_leaked: bool,
-    validation_split_percentage: float,
-    max_eval_samples: int | None,
+    config: DataConfig,
     seed: int,
 ) -> Selection:
     """Chooses training and evaluation rows.
 
     Args:
         train_files, eval_files: indices of files; without eval_files, training rows are held out.
-        dedup: keep only the first of equal rows.
-        drop_leaked: don't train on rows with the prompt of an evaluation row.
-        validation_split_percentage: share of the training rows to hold out, in percent.
-        max_eval_samples: most evaluation rows, None or 0 for no limit.
+        config: its dedup, drop_leaked, validation_split_percentage and max_eval_samples are used.
+        seed: of samples and of the rows that are held out.
 
     Raises:
         UserError: nothing would be left to train on.
@@ -98,18 +93,19 @@ def select(
     evaluation = wanted & np.isin(rows.file, eval_files)
     duplicate = _repeats(rows.content, train) | _repeats(rows.content, evaluation & ~train)
     dropped = {}
-    if dedup:
+    if config.dedup:
         dropped["duplicate"] = duplicate
         train, evaluation = train & ~duplicate, evaluation & ~duplicate
     if eval_files:
         chosen = np.flatnonzero(evaluation)
         evaluation = np.zeros_like(evaluation)
-        evaluation[sample(chosen, max_eval_samples or len(chosen), rng)] = True
-    elif validation_split_percentage > 0:
-        evaluation = hold_out(rows.prompt, train, validation_split_percentage, max_eval_samples, seed)
+        evaluation[sample(chosen, config.max_eval_samples or len(chosen), rng)] = True
+    elif config.validation_split_percentage > 0:
+        share, limit = config.validation_split_percentage, config.max_eval_samples
+        evaluation = hold_out(rows.prompt, train, share, limit, seed)
         train &= ~evaluation
     leaked = train & np.isin(rows.prompt, rows.prompt[evaluation])
-    if drop_leaked:
+    if config.drop_leaked:
         dropped["leaked"] = leaked & ~evaluation
         train = train & ~leaked
         if not train.any():
@@ -118,12 +114,12 @@ def select(
 
 
 def sample(indices: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """At most `size` of the indices, in order."""
+    """A random sample of at most `size` of the indices, sorted."""
     return np.sort(rng.permutation(indices)[:size])
 
 
 def _repeats(digest: np.ndarray, among: np.ndarray) -> np.ndarray:
-    """bool [R]: rows of `among` that have the digest of an earlier one of them."""
+    """The rows of `among` (bool [R]) that have the digest of an earlier row of them, bool [R]."""
     indices = np.flatnonzero(among)
     _, first = np.unique(digest[indices], return_index=True)
     repeats = among.copy()
@@ -168,7 +164,7 @@ def hold_out(prompt: np.ndarray, among: np.ndarray, percentage: float, max_rows:
 
 
 def mix(file: np.ndarray, files: list[DataFile], seed: int) -> np.ndarray | None:
-    """The order of an epoch, int64: row i as often as the weight of its file says; None where all weigh 1.
+    """The training rows of an epoch, int64 indices: row i as often as the weight of its file says; None if all are 1.
 
     A weight of 2.5 means every row twice, and a random half of the rows once more.
 
@@ -179,10 +175,10 @@ def mix(file: np.ndarray, files: list[DataFile], seed: int) -> np.ndarray | None
         return None
     rng = np.random.default_rng(seed)
     copies = np.zeros(len(file), dtype=np.int64)
-    for index, some in enumerate(files):
+    for index, data_file in enumerate(files):
         own = np.flatnonzero(file == index)
-        copies[own] = int(some.weight)
-        copies[sample(own, round(len(own) * (some.weight % 1)), rng)] += 1
+        copies[own] = int(data_file.weight)
+        copies[sample(own, round(len(own) * (data_file.weight % 1)), rng)] += 1
     if not copies.any():
         raise UserError(f"--data_weights {[f.weight for f in files]} leave no row to train on")
     return np.repeat(np.arange(len(file)), copies)

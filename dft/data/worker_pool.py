@@ -1,4 +1,4 @@
-"""Tasks for a few processes, in order, with few of them in memory at once."""
+"""A process pool whose results come in order, with a bounded number of tasks in memory."""
 
 import ctypes
 import multiprocessing

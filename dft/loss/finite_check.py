@@ -1,4 +1,4 @@
-"""Stops a run at the first loss that is NaN or infinite, and says which rows it came from."""
+"""Stop a run at the first loss that is NaN or infinite, and name the rows that it came from."""
 
 from collections.abc import Callable
 
@@ -10,11 +10,13 @@ from torch.utils.data import Dataset
 from dft.batching.collators import document_lengths
 from dft.batching.packing import PackedRows
 
-MAX_NAMED = 20  # rows
+MAX_NAMED = 20  # rows in the error message
 
 
 class FiniteCheck:
-    """Looks at the losses of a step's micro-batches, on all ranks, before the last of them is learnt from.
+    """Looks at the losses of a step's micro-batches on all ranks, before the backward pass of the last one.
+
+    DeepSpeed changes the weights inside that backward pass: afterwards it would be too late.
 
     Args:
         dataset: the training rows, to find a batch's rows in.
@@ -25,33 +27,48 @@ class FiniteCheck:
         self._dataset = dataset.rows if isinstance(dataset, PackedRows) else dataset
         self._source_of = source_of or (lambda index: f"row {index} of the training set")
         self._noted: list[tuple[Tensor, dict[str, Tensor]]] = []
+        self._num_left = 0  # micro-batches of the step that are still to come
 
-    def begin(self) -> None:
-        """The start of a step."""
+    def begin(self, num_batches: int) -> None:
+        """The start of a step of so many micro-batches."""
         self._noted = []
+        self._num_left = num_batches
 
-    def note(self, loss: Tensor, inputs: dict[str, Tensor]) -> None:
-        """A micro-batch: its loss, and what the model was given."""
+    def note(self, loss: Tensor, inputs: dict[str, Tensor], step: int) -> None:
+        """Takes in a micro-batch of a step that was begun; with the last one, a collective, it checks the step.
+
+        Args:
+            loss: scalar.
+            inputs: of the model, to tell the rows by.
+            step: counted from 1.
+
+        Raises:
+            FloatingPointError: on every rank, if a loss noted on any of them is NaN or infinite.
+        """
+        if self._num_left == 0:  # a loss that train() didn't ask for
+            return
         self._noted.append((loss.detach(), inputs))
+        self._num_left -= 1
+        if self._num_left == 0:
+            self._check(step)
 
-    def stop(self, step: int) -> None:
-        """Raises FloatingPointError on every rank if a loss noted on any is not finite. A collective, once a step."""
-        is_bad = ~torch.isfinite(torch.stack([loss for loss, *_ in self._noted]))
+    def _check(self, step: int) -> None:
+        is_bad = ~torch.isfinite(torch.stack([loss for loss, _ in self._noted]))
         any_bad = is_bad.any().int()
         if _is_distributed():
             dist.all_reduce(any_bad, op=dist.ReduceOp.MAX)
         if not any_bad:
             return
-        rows = [self._sources(inputs) for bad, (_, inputs) in zip(is_bad, self._noted, strict=True) if bad]
-        named = [name for some in _of_all_ranks(rows) for name in some]
-        listed = ", ".join(named[:MAX_NAMED]) + (f" and {len(named) - MAX_NAMED} more" if named[MAX_NAMED:] else "")
+        sources = [self._sources(inputs) for bad, (_, inputs) in zip(is_bad, self._noted, strict=True) if bad]
+        names = [name for batch in _gathered(sources) for name in batch]
+        listed = ", ".join(names[:MAX_NAMED]) + (f" and {len(names) - MAX_NAMED} more" if names[MAX_NAMED:] else "")
         raise FloatingPointError(
             f"the loss is NaN or infinite in step {step}. The rows of its batch: {listed}. Look at them, lower "
             "--learning_rate, or train in bfloat16 or float32 instead of float16"
         )
 
     def _sources(self, inputs: dict[str, Tensor]) -> list[str]:
-        """Where rows come from; the first of the dataset with the same tokens."""
+        """Where the rows of a batch come from: the first rows of the dataset with the same tokens."""
         wanted = _rows(inputs)
         found: dict[int, str] = {}
         for index in range(len(self._dataset) if hasattr(self._dataset, "__len__") else 0):
@@ -76,9 +93,10 @@ def _is_distributed() -> bool:
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _of_all_ranks(rows: list[list[str]]) -> list[list[str]]:
+def _gathered(batches: list[list[str]]) -> list[list[str]]:
+    """The lists of all ranks, one after the other."""
     if not _is_distributed():
-        return rows
+        return batches
     gathered: list[list[list[str]]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, rows)
-    return [some for of_rank in gathered for some in of_rank]
+    dist.all_gather_object(gathered, batches)
+    return [batch for rank in gathered for batch in rank]

@@ -7,66 +7,22 @@ c_t what the data multiply a token's loss by, 1 if they say nothing. With gamma 
 plain SFT and alpha = 1 is equation 9 of "On the Generalization of SFT: A Reinforcement Learning Perspective
 with Reward Rectification" (arXiv 2508.05629).
 
-This file computes it from logits, to be read and to compare with; fused_loss.py computes the same without
-holding them.
+This file computes the loss from logits, to be read and compared with; fused.py computes the same without holding
+logits. The weight w is in token_weight.py.
 
 Shapes: B batch, T tokens, V vocabulary, N supervised tokens.
 """
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from dft.labels import IGNORE_INDEX
+from dft.config.loss import Normalization
+from dft.constants import IGNORE_INDEX
+from dft.loss.token_weight import TokenWeight
 
-ENTROPY_ROWS = 64  # whose terms are held at once
-Normalization = Literal["token", "turn"]
-
-
-@dataclass(frozen=True)
-class TokenWeight:
-    """The weight w of a token, max(floor, alpha * p**gamma + 1 - alpha).
-
-    Args:
-        alpha: share of the confidence in the weight, from 0 (SFT) to 1 (pure DFT).
-        gamma: power of the confidence, above 0.
-        floor: the least weight, from 0 to 1.
-        plain_tokens: ids of tokens that always have the weight 1: plain cross-entropy.
-
-    Raises:
-        ValueError: one of them is out of its range.
-    """
-
-    alpha: float = 1.0
-    gamma: float = 1.0
-    floor: float = 0.0
-    plain_tokens: tuple[int, ...] = ()
-
-    def __post_init__(self):
-        if not 0.0 <= self.alpha <= 1.0:
-            raise ValueError(f"alpha must be between 0 (SFT) and 1 (pure DFT), got {self.alpha}")
-        if not 0.0 < self.gamma < float("inf"):
-            raise ValueError(f"gamma must be a number above 0, got {self.gamma}")
-        if not 0.0 <= self.floor <= 1.0:
-            raise ValueError(f"floor must be between 0 and 1, got {self.floor}")
-
-    @torch.no_grad()
-    def __call__(self, p_correct: Tensor, targets: Tensor) -> Tensor:
-        """The weights, detached, of tokens `targets` [N] with the probabilities `p_correct` [N] -> [N] float32."""
-        weights = (self.alpha * p_correct.detach() ** self.gamma + (1.0 - self.alpha)).clamp(min=self.floor)
-        if self.plain_tokens:
-            plain = _on_device(self.plain_tokens, targets.device)
-            weights = torch.where(torch.isin(targets, plain), 1.0, weights)
-        return weights
-
-
-@lru_cache
-def _on_device(ids: tuple[int, ...], device: torch.device) -> Tensor:
-    """Copied once: a copy to a GPU waits for what it is doing."""
-    return torch.tensor(ids, device=device)
+ENTROPY_ROWS = 64  # rows whose V terms are held at once
 
 
 @dataclass
@@ -90,20 +46,23 @@ def shift_labels(labels: Tensor) -> Tensor:
 
 
 def count_terms(labels: Tensor, normalization: Normalization = "token") -> Tensor:
-    """What a loss is divided by, as an int64 scalar: supervised tokens of `labels` [B, T], or assistant turns.
+    """The divisor of a loss: the number of supervised tokens of `labels` [B, T], or of assistant turns; int64 scalar.
 
-    A turn is an unbroken run of supervised tokens. The first token of a row is predicted by none.
+    A turn is an unbroken run of supervised tokens. The first token of a row is not counted, since nothing predicts it.
     """
     supervised = shift_labels(labels) != IGNORE_INDEX
     return supervised.sum() if normalization == "token" else _starts_turn(supervised).sum()
 
 
 def _starts_turn(supervised: Tensor) -> Tensor:
-    """[B, T] bool -> [B, T] bool. The last position of a row is never supervised, so no turn goes on into the next."""
+    """The first supervised position of each turn, [B, T] bool -> [B, T] bool.
+
+    The last position of a row is never supervised, so no turn runs on into the next row.
+    """
     return supervised & ~torch.roll(supervised.flatten(), 1).view_as(supervised)
 
 
-def token_scales(
+def loss_weight_of_tokens(
     labels: Tensor, loss_weights: Tensor | None = None, normalization: Normalization = "token"
 ) -> Tensor | None:
     """The factor c of each supervised token, [N] float32, in the order of `token_statistics`; None if all are 1.
@@ -114,12 +73,12 @@ def token_scales(
         normalization: turn divides the loss of each token by the number of tokens of its turn.
     """
     supervised = shift_labels(labels) != IGNORE_INDEX
-    scales = None if loss_weights is None else torch.roll(loss_weights, -1, dims=-1)[supervised].float()
+    loss_weight = None if loss_weights is None else torch.roll(loss_weights, -1, dims=-1)[supervised].float()
     if normalization == "turn":
         turn = torch.cumsum(_starts_turn(supervised).flatten(), 0)[supervised.flatten()] - 1  # [N], 0, 0, 1, 1, 1, …
         per_token = 1.0 / torch.bincount(turn)[turn].float()
-        scales = per_token if scales is None else scales * per_token
-    return scales
+        loss_weight = per_token if loss_weight is None else loss_weight * per_token
+    return loss_weight
 
 
 def token_statistics(logits: Tensor, targets: Tensor, with_entropy: bool = False) -> TokenStatistics:
@@ -138,29 +97,34 @@ def token_statistics(logits: Tensor, targets: Tensor, with_entropy: bool = False
 
 def entropy_of(logits: Tensor) -> Tensor:
     """-sum(p log p) of logits [N, V] -> [N], in nats; a few rows at a time, because its terms take memory too."""
-    rows = logits.split(ENTROPY_ROWS)
-    return torch.cat([torch.special.entr(torch.softmax(some, dim=-1)).sum(-1) for some in rows])
+    chunks = logits.split(ENTROPY_ROWS)
+    return torch.cat([torch.special.entr(torch.softmax(chunk, dim=-1)).sum(-1) for chunk in chunks])
 
 
 def supervised_rows(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What predicts a supervised token of `labels` [B, T], not shifted: rows of `values` [B, T, X], and the tokens.
+    """The rows of `values` [B, T, X] that predict the supervised tokens of `labels` [B, T], not shifted.
 
     Returns:
-        [N, X]; [N]; and where they stand in the flattened batch, [N], for which alone a device is waited for.
+        those rows, [N, X]; the tokens that they predict, [N]; and the rows' flat indices in the batch, [N]. Finding
+        these is the only synchronization of host and device in a micro-batch.
     """
     targets = shift_labels(labels).flatten()
     places = (targets != IGNORE_INDEX).nonzero().squeeze(1)
     return values.flatten(0, 1)[places], targets[places], places
 
 
-def weighted_sum(tokens: TokenStatistics, weight: TokenWeight, scales: Tensor | None) -> Tensor:
-    """sum of c * w * nll over tokens, a scalar; c is `scales` [N], or 1."""
-    losses = weight(tokens.p_correct, tokens.targets) * tokens.nll
-    return (losses if scales is None else losses * scales).sum()
+def weighted_sum(tokens: TokenStatistics, token_weight: TokenWeight, loss_weight: Tensor | None) -> Tensor:
+    """sum of c * w * nll over tokens, a scalar; c is `loss_weight` [N], or 1."""
+    losses = token_weight(tokens.p_correct, tokens.targets) * tokens.nll
+    return (losses if loss_weight is None else losses * loss_weight).sum()
 
 
 def dft_loss_sum(
-    logits: Tensor, labels: Tensor, weight: TokenWeight, scales: Tensor | None = None, with_entropy: bool = False
+    logits: Tensor,
+    labels: Tensor,
+    token_weight: TokenWeight,
+    loss_weight: Tensor | None = None,
+    with_entropy: bool = False,
 ) -> tuple[Tensor, TokenStatistics]:
     """The DFT loss of one micro-batch, summed over its tokens and not yet divided by anything.
 
@@ -170,7 +134,7 @@ def dft_loss_sum(
     Args:
         logits: [B, T, V]. Only supervised rows are upcast to float32.
         labels: [B, T], -100 where nothing is supervised; not shifted.
-        scales: [N], see `token_scales`.
+        loss_weight: [N], see `loss_weight_of_tokens`.
         with_entropy: compute the entropy of each token too.
 
     Returns:
@@ -178,4 +142,4 @@ def dft_loss_sum(
     """
     rows, targets, places = supervised_rows(logits, labels)  # [N, V], [N]
     tokens = replace(token_statistics(rows, targets, with_entropy), places=places)
-    return weighted_sum(tokens, weight, scales), tokens
+    return weighted_sum(tokens, token_weight, loss_weight), tokens

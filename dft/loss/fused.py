@@ -1,9 +1,9 @@
 """The DFT loss from hidden states: exact, in three matrix products, with the logits of one chunk at a time.
 
-The weight w of a token is a constant of the gradient, and it is known as soon as the token's logits z are.
-So the gradient of c * w * nll with respect to the logits, c * w * (softmax(z) - onehot), is known there and
-then, and with it the gradients of the hidden states and of the head: no logits are kept for the backward
-pass or made again in it. The factor c * w of a row is applied to its hidden state, which is much shorter.
+The weight w of a token is a constant of the gradient, and it is known as soon as the token's logits z are. So the
+gradient of c * w * nll with respect to the logits, c * w * (softmax(z) - onehot), can be computed in the forward pass,
+and with it the gradients of the hidden states and of the head: no logits are kept for the backward pass or recomputed
+in it. The factor c * w of a row is applied to its hidden state, which is much shorter than its logits.
 
 Shapes: B batch, T tokens, V vocabulary, H hidden size, N supervised tokens, C tokens of one chunk.
 """
@@ -18,18 +18,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from dft.loss.from_logits import (
-    TokenStatistics,
-    TokenWeight,
-    entropy_of,
-    supervised_rows,
-    token_statistics,
-    weighted_sum,
-)
-
-# Of float32 logits, by default. cpu: measured by benchmarks/loss_head.py, larger chunks save little time. cuda: by
-# arithmetic, some 1,700 rows of a vocabulary of 150,000, so that products of matrices outweigh adding them up.
-CHUNK_MB = {"cpu": 48.0, "cuda": 1024.0}
+from dft.config.loss import CHUNK_MB
+from dft.loss.from_logits import TokenStatistics, entropy_of, supervised_rows, token_statistics, weighted_sum
+from dft.loss.token_weight import TokenWeight
 
 
 @dataclass(frozen=True)
@@ -61,22 +52,22 @@ def fused_dft_loss_sum(
     hidden: Tensor,
     head_weight: Tensor,
     labels: Tensor,
-    weight: TokenWeight,
-    scales: Tensor | None = None,
+    token_weight: TokenWeight,
+    loss_weight: Tensor | None = None,
     *,
     bias: Tensor | None = None,
     transform: LogitTransform = LogitTransform(),
     chunk_mb: float = CHUNK_MB["cpu"],
     with_entropy: bool = False,
 ) -> tuple[Tensor, TokenStatistics]:
-    """As `dft_loss.dft_loss_sum`, of the logits hidden @ head_weight.T + bias, which are never held as a whole.
+    """As `from_logits.dft_loss_sum`, of the logits hidden @ head_weight.T + bias, which are never held as a whole.
 
     Inside autocast it multiplies in autocast's type, as a linear layer does; statistics and sums are float32.
 
     Args:
         hidden: [B, T, H].
         head_weight, bias: [V, H] and [V]; those that don't require gradients cost none.
-        labels, weight, scales, with_entropy: see dft_loss.dft_loss_sum.
+        labels, token_weight, loss_weight, with_entropy: see from_logits.dft_loss_sum.
         transform: what the model does to its logits.
         chunk_mb: MB (10**6 bytes) of float32 logits at once; at least one row is taken.
 
@@ -84,12 +75,14 @@ def fused_dft_loss_sum(
         sum of c * w * nll (scalar, float32), with gradient, and the tokens' statistics, without.
     """
     rows, targets, places = supervised_rows(hidden, labels)  # [N, H], [N]
-    chunk = _rows_at_once(chunk_mb, head_weight.shape[0], len(rows))
-    args = (rows, head_weight, bias, targets, scales, weight, transform, chunk, with_entropy)
+    rows_at_once = _rows_at_once(chunk_mb, head_weight.shape[0], len(rows))
+    how = _Computation(token_weight, transform, rows_at_once, with_entropy)
+    args = (rows, head_weight, bias, targets, loss_weight, how)
     if torch.is_grad_enabled():
         loss, nll, is_top1, entropy = _FusedHead.apply(*args)
     else:
-        loss, nll, is_top1, entropy, *_ = _fused(*args, needs=(False, False, False))
+        results = _fused(*args, needs=(False, False, False))
+        loss, nll, is_top1, entropy = results.loss, results.nll, results.is_top1, results.entropy
     return loss, TokenStatistics(targets, nll, torch.exp(-nll), is_top1, entropy, places)
 
 
@@ -97,8 +90,8 @@ def chunked_dft_loss_sum(
     hidden: Tensor,
     head: torch.nn.Module,
     labels: Tensor,
-    weight: TokenWeight,
-    scales: Tensor | None = None,
+    token_weight: TokenWeight,
+    loss_weight: Tensor | None = None,
     *,
     transform: LogitTransform = LogitTransform(),
     chunk_mb: float = CHUNK_MB["cpu"],
@@ -113,18 +106,20 @@ def chunked_dft_loss_sum(
         chunk_mb: if it is infinite, the module is called once, with all supervised tokens.
     """
     rows, targets, places = supervised_rows(hidden, labels)  # [N, H], [N]
-    chunk = _rows_at_once(chunk_mb, vocab_size, len(rows))
+    rows_at_once = _rows_at_once(chunk_mb, vocab_size, len(rows))
 
-    def score(rows: Tensor, targets: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def score(
+        rows: Tensor, targets: Tensor, loss_weight: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         logits = head(rows).float()
         tokens = token_statistics(logits if transform.is_identity else transform(logits), targets, with_entropy)
-        return weighted_sum(tokens, weight, scales), tokens.nll.detach(), tokens.is_top1, tokens.entropy
+        return weighted_sum(tokens, token_weight, loss_weight), tokens.nll.detach(), tokens.is_top1, tokens.entropy
 
     parts = []
-    for start in range(0, max(len(rows), 1), chunk):
-        some = slice(start, start + chunk)
-        args = (rows[some], targets[some], None if scales is None else scales[some])
-        if torch.is_grad_enabled() and chunk < len(rows):
+    for start in range(0, max(len(rows), 1), rows_at_once):
+        chunk = slice(start, start + rows_at_once)
+        args = (rows[chunk], targets[chunk], None if loss_weight is None else loss_weight[chunk])
+        if torch.is_grad_enabled() and rows_at_once < len(rows):
             parts.append(checkpoint(score, *args, use_reentrant=False))
         else:
             parts.append(score(*args))
@@ -140,33 +135,69 @@ def _rows_at_once(chunk_mb: float, vocab_size: int, num_rows: int) -> int:
     return max(1, int(min(chunk_mb * 1e6 / (4 * vocab_size), num_rows)))
 
 
+@dataclass(frozen=True)
+class _Computation:
+    """What is computed of the logits, and of how many rows at once."""
+
+    token_weight: TokenWeight
+    transform: LogitTransform
+    rows_at_once: int
+    with_entropy: bool
+
+
+@dataclass
+class _Results:
+    """Filled chunk by chunk; all are float32 but is_top1. Gradients that are not needed are None."""
+
+    loss: Tensor  # scalar
+    nll: Tensor  # [N]
+    is_top1: Tensor  # [N], bool
+    entropy: Tensor | None  # [N]
+    grad_hidden: Tensor | None  # [N, H]
+    grad_weight: Tensor | None  # [V, H]
+    grad_bias: Tensor | None  # [V]
+
+    def add_gradients(self, chunk: slice, h: Tensor, grad_logits: Tensor, factor: Tensor, head_weight: Tensor) -> None:
+        """Adds the gradients of one chunk.
+
+        Args:
+            h: hidden states [C, H].
+            grad_logits: of nll with respect to the head's logits, [C, V].
+            factor: c * w of each row, [C].
+        """
+        if self.grad_hidden is not None:
+            torch.mul(_product(grad_logits, head_weight), factor[:, None], out=self.grad_hidden[chunk])
+        if self.grad_weight is not None:
+            _add_product(self.grad_weight, grad_logits.t(), (h * factor[:, None]).to(h.dtype))
+        if self.grad_bias is not None:
+            self.grad_bias += factor @ grad_logits.float()
+
+
 class _FusedHead(torch.autograd.Function):
     """Loss and gradients in the forward pass; the backward pass multiplies them by the gradient of the loss."""
 
     @staticmethod
-    def forward(ctx: Any, rows, head_weight, bias, targets, scales, weight, transform, chunk, with_entropy):
+    def forward(ctx: Any, rows, head_weight, bias, targets, loss_weight, how):
         """Loss (scalar), nll, is_top1 and entropy [N], see `_fused`; its gradients wait in ctx."""
-        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2])
-        loss, nll, is_top1, entropy, *gradients = _fused(
-            rows, head_weight, bias, targets, scales, weight, transform, chunk, with_entropy, needs=needs
-        )
-        ctx.gradients = gradients
+        results = _fused(rows, head_weight, bias, targets, loss_weight, how, needs=ctx.needs_input_grad[:3])
+        ctx.gradients = (results.grad_hidden, results.grad_weight, results.grad_bias)
         ctx.types = (rows.dtype, head_weight.dtype, None if bias is None else bias.dtype)
-        ctx.mark_non_differentiable(nll, is_top1, *([] if entropy is None else [entropy]))
-        return loss, nll, is_top1, entropy
+        outputs = (results.nll, results.is_top1, results.entropy)
+        ctx.mark_non_differentiable(*(output for output in outputs if output is not None))
+        return results.loss, *outputs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_loss: Tensor, *_: Tensor):
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor):
         """The gradients, times that of the loss; once."""
         if ctx.gradients is None:
             raise RuntimeError("the fused loss keeps its gradients for one backward pass: compute the loss again")
         gradients, ctx.gradients = ctx.gradients, None
         scaled = (
-            None if gradient is None else gradient.mul_(of_loss).to(dtype)
+            None if gradient is None else gradient.mul_(grad_loss).to(dtype)
             for gradient, dtype in zip(gradients, ctx.types, strict=True)
         )
-        return *scaled, None, None, None, None, None, None
+        return *scaled, None, None, None
 
 
 def _fused(
@@ -174,56 +205,56 @@ def _fused(
     head_weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    scales: Tensor | None,
-    weight: TokenWeight,
-    transform: LogitTransform,
-    chunk: int,
-    with_entropy: bool,
+    loss_weight: Tensor | None,
+    how: _Computation,
     needs: tuple[bool, bool, bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Loss, nll, is_top1, entropy [N], and the gradients of rows, head_weight and bias, those that are needed."""
+) -> _Results:
+    """Loss, statistics, and the gradients of rows, head_weight and bias that are needed."""
     device = rows.device
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else head_weight.dtype
     if device.type == "cpu":
         dtype = torch.float32  # processors gain nothing from 16 bits, and lose digits
-    num_rows, vocab_size = len(rows), len(head_weight)
-    nll = torch.empty(num_rows, dtype=torch.float32, device=device)
-    is_top1 = torch.empty(num_rows, dtype=torch.bool, device=device)
-    entropy = torch.empty(num_rows, dtype=torch.float32, device=device) if with_entropy else None
-    loss = torch.zeros((), dtype=torch.float32, device=device)
-    of_rows = torch.empty_like(rows, dtype=torch.float32) if needs[0] else None
-    of_weight = torch.zeros_like(head_weight, dtype=torch.float32) if needs[1] else None
-    of_bias = torch.zeros_like(bias, dtype=torch.float32) if needs[2] else None
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        results = _empty_results(rows, head_weight, bias, how.with_entropy, needs)
         head_weight = head_weight.to(dtype)
-        buffer = torch.empty(chunk, vocab_size, dtype=torch.float32, device=device)
-        for start in range(0, num_rows, chunk):
-            some = slice(start, start + chunk)
-            h, y = rows[some].to(dtype), targets[some]  # [C, H], [C]
+        buffer = torch.empty(how.rows_at_once, len(head_weight), dtype=torch.float32, device=device)
+        for start in range(0, len(rows), how.rows_at_once):
+            chunk = slice(start, start + how.rows_at_once)
+            h, y = rows[chunk].to(dtype), targets[chunk]  # [C, H], [C]
             z = _product(h, head_weight.t(), out=buffer[: len(h)])  # [C, V]
             if bias is not None:
                 z += bias
             slope: Tensor | float = 1.0
-            if not transform.is_identity:
-                z.copy_(transform(z))
-                slope = transform.slope(z)
-            if entropy is not None:
-                entropy[some] = entropy_of(z)
-            nll[some], is_top1[some], g = softmax_gradient_(z, y, dtype, any(needs))
-            c = weight(torch.exp(-nll[some]), y)
-            c = c if scales is None else c * scales[some]
-            loss += (c * nll[some]).sum()
-            if g is None:
-                continue
-            if not transform.is_identity:
-                g *= slope
-            if of_rows is not None:
-                torch.mul(_product(g, head_weight), c[:, None], out=of_rows[some])
-            if of_weight is not None:
-                _add_product(of_weight, g.t(), (h * c[:, None]).to(dtype))
-            if of_bias is not None:
-                of_bias += c @ g.float()
-    return loss, nll, is_top1, entropy, of_rows, of_weight, of_bias
+            if not how.transform.is_identity:
+                z.copy_(how.transform(z))
+                slope = how.transform.slope(z)
+            if results.entropy is not None:
+                results.entropy[chunk] = entropy_of(z)
+            nll, results.is_top1[chunk], grad_logits = softmax_gradient_(z, y, dtype, any(needs))
+            results.nll[chunk] = nll
+            factor = how.token_weight(torch.exp(-nll), y)  # [C]
+            factor = factor if loss_weight is None else factor * loss_weight[chunk]
+            results.loss += (factor * nll).sum()
+            if grad_logits is not None:
+                if not how.transform.is_identity:
+                    grad_logits *= slope
+                results.add_gradients(chunk, h, grad_logits, factor, head_weight)
+    return results
+
+
+def _empty_results(
+    rows: Tensor, head_weight: Tensor, bias: Tensor | None, with_entropy: bool, needs: tuple[bool, bool, bool]
+) -> _Results:
+    of_tokens = {"size": (len(rows),), "device": rows.device}
+    return _Results(
+        loss=torch.zeros((), dtype=torch.float32, device=rows.device),
+        nll=torch.empty(**of_tokens, dtype=torch.float32),
+        is_top1=torch.empty(**of_tokens, dtype=torch.bool),
+        entropy=torch.empty(**of_tokens, dtype=torch.float32) if with_entropy else None,
+        grad_hidden=torch.empty_like(rows, dtype=torch.float32) if needs[0] else None,
+        grad_weight=torch.zeros_like(head_weight, dtype=torch.float32) if needs[1] else None,
+        grad_bias=torch.zeros_like(bias, dtype=torch.float32) if needs[2] else None,
+    )
 
 
 def softmax_gradient_(

@@ -1,39 +1,46 @@
-"""Where the loss is computed: inside the model's own forward, in place of its output embedding (the head).
+"""The DFT loss inside the model's own forward, in place of its output embedding (the head).
 
-For one call of the model, a function stands in for its head. It computes the loss, within a call of the head
-so that sharded weights are gathered, and returns known numbers instead of logits. They pass through whatever
-the model does to its logits and come out as its `logits`: at the first call it is seen there, not believed,
-that the loss was made of the same logits.
+For one call of the model, a function stands in for its head. It computes the loss, inside a call of the head so that
+ZeRO-3 and FSDP gather its weights, and returns known numbers (a probe) instead of logits. They pass through whatever
+the model does to its logits and come out as the model's `logits`: the first call verifies with them that the loss was
+computed from the same logits.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dft.errors import UserError
-from dft.loss.from_logits import TokenStatistics, TokenWeight
+from dft.loss.from_logits import TokenStatistics
 from dft.loss.fused import LogitTransform, chunked_dft_loss_sum, fused_dft_loss_sum
+from dft.loss.token_weight import TokenWeight
 
 
-class UnsupportedHead(UserError, ValueError):
-    """Why the loss can't be computed in a model's head."""
+class UnsupportedHead(UserError):
+    """The loss can't be computed in this model's head; the message says why."""
 
 
 @dataclass
 class HeadLoss:
-    """The loss that the head has made of one micro-batch."""
+    """The loss of one micro-batch: what it is computed from and, once the head was called, the result."""
 
+    labels: Tensor  # [B, T]
+    token_weight: TokenWeight
+    loss_weight: Tensor | None  # [N]
+    with_entropy: bool
     loss_sum: Tensor | None = None  # scalar, float32
     tokens: TokenStatistics | None = None
 
     def take(self, logits: Tensor) -> tuple[Tensor, TokenStatistics]:
-        """Both. The backward pass then goes through the model's outputs, `logits`, with a gradient of zero.
+        """The loss and the tokens' statistics. Backward also goes through `logits`, the model's, with a gradient of 0.
 
-        DDP, FSDP and DeepSpeed look for it there: it tells them to gather weights and to reduce gradients.
+        DDP, FSDP and DeepSpeed hang their hooks on the model's outputs: a backward pass that didn't go through them
+        would neither gather weights nor reduce gradients.
 
         Raises:
             UnsupportedHead: the head was not called.
@@ -51,8 +58,8 @@ class LossHead:
         chunk_mb: MB of float32 logits at once.
 
     Attributes:
-        wrapping: what the head is more than a linear layer, in words; it is then called chunk by chunk,
-            otherwise its weights are used. "" for a linear layer.
+        wrapping: what makes the head more than a linear layer, in words, "" for nothing. A linear layer's weights are
+            used directly; any other head is called chunk by chunk.
 
     Raises:
         UnsupportedHead: the model has no head that its forward calls by name.
@@ -74,68 +81,76 @@ class LossHead:
 
     @contextmanager
     def computing(
-        self, labels: Tensor, weight: TokenWeight, scales: Tensor | None = None, with_entropy: bool = False
+        self, labels: Tensor, token_weight: TokenWeight, loss_weight: Tensor | None = None, with_entropy: bool = False
     ) -> Iterator[HeadLoss]:
-        """Within it, a call of the model makes the DFT loss of `labels` [B, T], to be taken from what it yields.
+        """Inside this context, a call of the model computes the DFT loss, to be taken from the yielded HeadLoss.
 
-        weight, scales, with_entropy: see dft_loss.dft_loss_sum.
+        Args:
+            labels: [B, T]. The others: see from_logits.dft_loss_sum.
         """
-        result = HeadLoss()
-
-        def fused(hidden: Tensor) -> Tensor:
-            """Hidden states [B, T, H] to the loss, in place of the head's own forward."""
-            result.loss_sum, result.tokens = fused_dft_loss_sum(
-                *(hidden, self._head.weight, labels, weight, scales),
-                bias=self._head.bias,
-                transform=self.transform,
-                chunk_mb=self._chunk_mb,
-                with_entropy=with_entropy,
-            )
-            return result.loss_sum
-
-        def chunked(hidden: Tensor) -> Tensor:
-            """The same, with calls of the head."""
-            # ZeRO-3: each call of the head is a collective, and ranks have different numbers of chunks
-            is_sharded = any(hasattr(parameter, "ds_id") for parameter in self._head.parameters())
-            result.loss_sum, result.tokens = chunked_dft_loss_sum(
-                *(hidden, self._head, labels, weight, scales),
-                transform=self.transform,
-                chunk_mb=float("inf") if is_sharded else self._chunk_mb,
-                vocab_size=self._vocab_size,
-                with_entropy=with_entropy,
-            )
-            return result.loss_sum
-
-        def stand_in(hidden: Tensor) -> Tensor:
-            """What the model calls in place of its head: hidden states [B, T, H] to known numbers [1, 1, V]."""
-            if result.loss_sum is not None:
-                raise UnsupportedHead("the model's forward calls its output embedding more than once")
-            if hidden.shape[:2] != labels.shape:
-                raise UnsupportedHead(
-                    f"the head sees hidden states of {list(hidden.shape)} for labels of {list(labels.shape)}"
-                )
-            if self.wrapping:
-                connected = chunked(hidden)
-            else:
-                self._head.forward = fused
-                try:
-                    connected = self._head(hidden)  # hooks around it gather sharded weights
-                finally:
-                    del self._head.forward
-            # connected to the loss, see HeadLoss.take
-            return _probe(self._vocab_size, hidden.device) + torch.nan_to_num(0.0 * connected)
-
-        self._owner.__dict__[self._name] = stand_in  # hides the module of this name from the model's forward
+        loss = HeadLoss(labels, token_weight, loss_weight, with_entropy)
+        self._owner.__dict__[self._name] = partial(self._stand_in, loss)  # hides the module of this name
         try:
-            yield result
+            yield loss
         finally:
             del self._owner.__dict__[self._name]
 
+    def _stand_in(self, loss: HeadLoss, hidden: Tensor) -> Tensor:
+        """Called by the model in place of its head: hidden states [B, T, H] to the probe, [1, 1, V]."""
+        if loss.loss_sum is not None:
+            raise UnsupportedHead("the model's forward calls its output embedding more than once")
+        if hidden.shape[:2] != loss.labels.shape:
+            raise UnsupportedHead(
+                f"the head sees hidden states of {list(hidden.shape)} for labels of {list(loss.labels.shape)}"
+            )
+        if self.wrapping:
+            connected = self._chunked(loss, hidden)
+        else:
+            self._head.forward = partial(self._fused, loss)
+            try:
+                connected = self._head(hidden)  # hooks around the call gather sharded weights
+            finally:
+                del self._head.forward
+        # connected to the loss, see HeadLoss.take
+        return _probe(self._vocab_size, hidden.device) + torch.nan_to_num(0.0 * connected)
+
+    def _fused(self, loss: HeadLoss, hidden: Tensor) -> Tensor:
+        """Computes the loss from the head's weights, in place of the head's own forward."""
+        loss.loss_sum, loss.tokens = fused_dft_loss_sum(
+            hidden,
+            self._head.weight,
+            loss.labels,
+            loss.token_weight,
+            loss.loss_weight,
+            bias=self._head.bias,
+            transform=self.transform,
+            chunk_mb=self._chunk_mb,
+            with_entropy=loss.with_entropy,
+        )
+        return loss.loss_sum
+
+    def _chunked(self, loss: HeadLoss, hidden: Tensor) -> Tensor:
+        """Computes the loss by calling the head."""
+        # under ZeRO-3 each call of the head is a collective, and ranks have different numbers of chunks
+        is_sharded = any(hasattr(parameter, "ds_id") for parameter in self._head.parameters())
+        loss.loss_sum, loss.tokens = chunked_dft_loss_sum(
+            hidden,
+            self._head,
+            loss.labels,
+            loss.token_weight,
+            loss.loss_weight,
+            transform=self.transform,
+            chunk_mb=float("inf") if is_sharded else self._chunk_mb,
+            vocab_size=self._vocab_size,
+            with_entropy=loss.with_entropy,
+        )
+        return loss.loss_sum
+
     def check(self, logits: Tensor) -> None:
-        """Compares what the first call of the model made of the known numbers with what the loss is made of.
+        """Verifies at the first call that the model transforms the probe as `transform` does.
 
         Raises:
-            UnsupportedHead: it is something else.
+            UnsupportedHead: it doesn't.
         """
         if self._is_checked:
             return
@@ -147,12 +162,12 @@ class LossHead:
 
 
 def _probe(size: int, device: torch.device) -> Tensor:
-    """Logits [1, 1, V] from -40 to 40."""
+    """The probe: logits [1, 1, V] from -40 to 40."""
     return torch.linspace(-40.0, 40.0, size, device=device)[None, None]
 
 
 def logit_transform(config: PretrainedConfig) -> LogitTransform:
-    """What the model of a configuration does to its logits, as far as it is said there."""
+    """How a model transforms its logits, as far as its configuration says."""
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
     scale *= getattr(config, "lm_head_multiplier", None) or 1.0  # Falcon-H1
     scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
@@ -160,7 +175,7 @@ def logit_transform(config: PretrainedConfig) -> LogitTransform:
 
 
 def _wrapping(head: nn.Module) -> str:
-    """What makes a head more than its weights: an adapter, quantized weights, hooks."""
+    """What makes a head more than its weights, in words: an adapter, quantized weights, hooks. "" for nothing."""
     if type(head) is not nn.Linear:
         return f"the head is a {type(head).__name__}"
     if "forward" in vars(head):

@@ -1,4 +1,7 @@
-"""Metrics as sums over tokens, ranks and micro-batches, divided when they are printed."""
+"""Metrics as sums over tokens, micro-batches and ranks, divided once, when they are printed.
+
+Shapes: N supervised tokens, D documents, C channels.
+"""
 
 from collections.abc import Sequence
 
@@ -6,26 +9,32 @@ import torch
 
 from dft.loss.from_logits import TokenStatistics
 
-UNLIKELY, SURE = 0.01, 0.99  # p_correct, and w, that a token's learning can be told by
+# Thresholds of the p_below and p_above metrics. UNLIKELY also marks the DFT weights that the warning about hardly any
+# learning counts.
+UNLIKELY, SURE = 0.01, 0.99
 
 
 class TokenSums:
-    """Sums over supervised tokens, kept on the device and divided only when they are printed.
+    """Sums over supervised tokens, kept on the device so that adding to them never waits for it.
 
     Args:
-        num_channels: sources of the tokens, each with sums behind the others: nll, p_correct, is_top1, tokens.
+        num_channels: C, the sources of the tokens, each of which has sums of its own: nll, p_correct, top-1, tokens.
+
+    Attributes:
+        values: [COUNT + CHANNEL_COUNT·C]; the class constants name the entries.
     """
 
-    # order of the entries of the tensor: what is known of each token, then of the micro-batch
+    # sums over supervised tokens, in the order of _token_values
     NLL, P_CORRECT, TOP1, WEIGHT, P_BELOW, P_ABOVE, WEIGHT_BELOW, ENTROPY = range(8)
+    # sums over micro-batches; PAIRS are the pairs of tokens of a document, which attention compares
     LOSS, TERMS, SUPERVISED, TOKENS, POSITIONS, PAIRS = range(8, 14)
     COUNT = 14
-    OF_CHANNEL = 4
+    CHANNEL_COUNT = 4  # NLL, P_CORRECT and TOP1 of a channel, and its supervised tokens
 
     def __init__(self, device: torch.device, num_channels: int = 0):
-        # float64: a float32 sum stops counting single tokens at 2**24; MPS has no float64
+        # a float32 sum stops counting single tokens at 2**24, but MPS has no float64
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.values = torch.zeros(self.COUNT + self.OF_CHANNEL * num_channels, dtype=dtype, device=device)
+        self.values = torch.zeros(self.COUNT + self.CHANNEL_COUNT * num_channels, dtype=dtype, device=device)
 
     def add(
         self,
@@ -40,14 +49,26 @@ class TokenSums:
         """Adds one micro-batch, without waiting for the device.
 
         Args:
-            loss_sum, num_terms: its loss, and what that is divided by; scalars.
-            tokens, weights: statistics of its supervised tokens, and their w, [N].
-            lengths: tokens of each of its documents.
-            num_positions: its tokens and its padding.
-            channel: the source of each supervised token, [N].
+            loss_sum, num_terms: its summed loss and the divisor of that, scalars.
+            tokens, weights: statistics and DFT weights of its supervised tokens, [N].
+            lengths: tokens of each of its documents, int [D].
+            num_positions: positions that the model computed: tokens and padding.
+            channel: the channel of each supervised token, int64 [N].
         """
+        values = self._token_values(tokens, weights)  # [N, 8]
+        lengths = lengths.to(self.values.dtype)
+        of_batch = (loss_sum.detach(), num_terms, len(values), lengths.sum(), num_positions, lengths.square().sum())
+        sums = torch.cat([values.sum(0), torch.stack([self._scalar(x) for x in of_batch])])
+        self.values.narrow(0, 0, self.COUNT).add_(sums)
+        if channel is not None:
+            values = torch.cat([values.narrow(1, 0, 3), torch.ones_like(values.narrow(1, 0, 1))], dim=1)  # [N, 4]
+            of_channels = self.values.narrow(0, self.COUNT, len(self.values) - self.COUNT)
+            of_channels.view(-1, self.CHANNEL_COUNT).index_add_(0, channel, values)
+
+    def _token_values(self, tokens: TokenStatistics, weights: torch.Tensor) -> torch.Tensor:
+        """What is summed over tokens, [N, 8], in the order of the class constants."""
         nll, p_correct = tokens.nll.detach(), tokens.p_correct
-        of_token = (
+        columns = (
             nll,
             p_correct,
             tokens.is_top1,
@@ -57,31 +78,26 @@ class TokenSums:
             weights < UNLIKELY,
             torch.zeros_like(nll) if tokens.entropy is None else tokens.entropy,
         )
-        each = torch.stack([x.to(nll.dtype) for x in of_token], dim=1).to(self.values.dtype)  # [N, 8]
-        lengths = lengths.to(self.values.dtype)
-        of_batch = (loss_sum.detach(), num_terms, len(nll), lengths.sum(), num_positions, lengths.square().sum())
-        numbers = torch.cat([each.sum(0), torch.stack([self._number(x) for x in of_batch])])
-        self.values.narrow(0, 0, self.COUNT).add_(numbers)
-        if channel is not None:
-            each = torch.cat([each.narrow(1, 0, 3), torch.ones_like(each.narrow(1, 0, 1))], dim=1)  # [N, 4]
-            of_channels = self.values.narrow(0, self.COUNT, len(self.values) - self.COUNT)
-            of_channels.view(-1, self.OF_CHANNEL).index_add_(0, channel, each)
+        return torch.stack([column.to(nll.dtype) for column in columns], dim=1).to(self.values.dtype)
 
-    def _number(self, value: torch.Tensor | int) -> torch.Tensor:
-        """A scalar on the device; a number of the host is written there by a kernel, where a copy would wait."""
+    def _scalar(self, value: torch.Tensor | int) -> torch.Tensor:
+        """A scalar on the device. A number is filled in by a kernel, because copying it from the host would wait."""
         if isinstance(value, torch.Tensor):
             return value.to(self.values.dtype)
         return torch.full((), value, dtype=self.values.dtype, device=self.values.device)
 
     def take(self, accelerator) -> list[float]:
-        """The sums over all ranks since the last call. A collective: every rank must call it."""
+        """Returns the sums over all ranks since the last call, and starts anew. All ranks must call it together."""
         total = accelerator.reduce(self.values, reduction="sum").tolist()
         self.values.zero_()
         return total
 
 
 def averages(sums: list[float]) -> dict[str, float]:
-    """Token averages of `TokenSums.take`: loss, ce_loss, avg_p_correct, acc. Zero where nothing was summed."""
+    """Divides the sums of `TokenSums.take`: loss, ce_loss, avg_p_correct, acc; all 0 if nothing was summed.
+
+    loss is sum(w·nll) divided by supervised tokens or turns; the others are means over supervised tokens.
+    """
     n = max(sums[TokenSums.SUPERVISED], 1.0)
     return {
         "loss": sums[TokenSums.LOSS] / max(sums[TokenSums.TERMS], 1.0),
@@ -92,9 +108,13 @@ def averages(sums: list[float]) -> dict[str, float]:
 
 
 def health(sums: list[float], with_entropy: bool = False) -> dict[str, float]:
-    """How DFT sees the tokens of `TokenSums.take`: its mean weight, the shares of tokens at both ends, the entropy.
+    """Metrics of how much there is to learn: mean DFT weight, shares of unlikely and of sure tokens, mean entropy.
 
     A token with p near 0 has next to no gradient at alpha 1, one with p near 1 has nothing left to learn.
+
+    Args:
+        sums: of `TokenSums.take`.
+        with_entropy: whether the entropy, in nats, was computed.
     """
     n = max(sums[TokenSums.SUPERVISED], 1.0)
     entropy = {"entropy": sums[TokenSums.ENTROPY] / n} if with_entropy else {}
@@ -107,12 +127,16 @@ def health(sums: list[float], with_entropy: bool = False) -> dict[str, float]:
 
 
 def channel_averages(sums: list[float], names: Sequence[str]) -> dict[str, float]:
-    """channel/<name>/ce_loss, p_correct and acc of the sources that have tokens in `TokenSums.take`."""
+    """channel/NAME/ce_loss, p_correct and acc of each channel that has tokens in the sums of `TokenSums.take`.
+
+    Args:
+        names: of all channels, in the order of their numbers.
+    """
     result = {}
     for i, name in enumerate(names):
-        start = TokenSums.COUNT + TokenSums.OF_CHANNEL * i
-        *found, count = sums[start : start + TokenSums.OF_CHANNEL]
+        start = TokenSums.COUNT + TokenSums.CHANNEL_COUNT * i
+        *channel_sums, count = sums[start : start + TokenSums.CHANNEL_COUNT]
         if count:
             keys = (f"channel/{name}/{key}" for key in ("ce_loss", "p_correct", "acc"))
-            result |= {key: value / count for key, value in zip(keys, found, strict=True)}
+            result |= {key: value / count for key, value in zip(keys, channel_sums, strict=True)}
     return result

@@ -1,4 +1,4 @@
-"""What a training record says: the sums since the last one, the clock, and the totals of a run."""
+"""The metrics of training records: DFT metrics, throughput, memory and MFU since the last record; totals of a run."""
 
 import logging
 import time
@@ -14,25 +14,26 @@ from dft.metrics.token_sums import UNLIKELY, TokenSums, averages, channel_averag
 logger = logging.getLogger(__name__)
 
 
-class LastRecord(TrainerCallback):
-    """Logs the last step too, which logging every so many steps may leave out."""
+class LogLastStepCallback(TrainerCallback):
+    """Has the last step logged too, which may not be a multiple of logging_steps."""
 
     def on_step_end(self, args, state, control, **kwargs):
+        """Asks for a record after the last step."""
         if args.logging_strategy == "steps" and state.global_step >= state.max_steps:
             control.should_log = True
 
 
 class TrainingMetrics:
-    """The metrics of one training.
+    """Turns the sums over what was trained on, and the time that it took, into log records.
 
     Args:
-        channels: names of the sources of tokens.
-        with_entropy: the statistics of tokens have it.
+        channels: names of the channels, in the order of their numbers.
+        with_entropy: whether token statistics have the entropy.
         min_steps: DFT metrics are added only to records at least this many steps apart, and to the last; None for all.
-        flops, peak_tflops: what training needs, and what one device could do at most, for mfu.
+        flops, peak_tflops: the operations of training and one device's peak, for mfu; without either there is no mfu.
 
     Attributes:
-        sums: of what was trained on since the last record.
+        sums: over what was trained on since the last record, to be added to after every micro-batch.
     """
 
     def __init__(
@@ -52,23 +53,30 @@ class TrainingMetrics:
         self._min_steps = min_steps or 1
         self._flops = flops
         self._peak_tflops = peak_tflops
-        self._unshown = [0.0] * len(self.sums.values)  # sums since the DFT metrics were last recorded
-        self._shown_step = 0  # when that was
-        self._has_warned = False  # that hardly anything is learnt
-        self._clock: float | None = None  # when the last record was made; None before the first step
+        self._unrecorded = [0.0] * len(self.sums.values)  # sums since the DFT metrics were last recorded
+        self._recorded_step = 0  # step at which they were
+        self._has_warned = False  # whether the warning about stalled learning was given
+        # start of the time that the next record divides by, moved on by pauses; None before the first step
+        self._clock: float | None = None
         self._paused_at: float | None = None
         self._first_step = 0
-        self._tokens = self._supervised = self._seconds = 0.0  # of the whole training
+        self._tokens = self._supervised = self._seconds = 0.0  # totals of the training
 
     def start(self, step: int) -> None:
-        """Starts the clock, if it doesn't go yet, before the step that follows `step`."""
+        """Starts the clock before the first step, which follows `step`; does nothing when it runs already.
+
+        Called with the first batch rather than when training is set up, because loading and compiling take long.
+        """
         if self._clock is None:
             self._clock = time.perf_counter()
-            self._shown_step = self._first_step = step
+            self._recorded_step = self._first_step = step
 
     @contextmanager
     def not_training(self) -> Iterator[None]:
-        """Around what is not training, such as evaluations and saves; of a record, what comes after it."""
+        """Stops the clock for what is not training, such as evaluations and saves.
+
+        A record may be made inside, and ends the time of training there: only what comes after it is left out.
+        """
         self._paused_at = time.perf_counter()
         yield
         if self._clock is not None:
@@ -76,32 +84,37 @@ class TrainingMetrics:
         self._paused_at = None
 
     def record(self, accelerator, step: int, alpha: float, is_last: bool = False) -> dict[str, float]:
-        """What was trained on since the last record. A collective, the only one of a record.
+        """Makes the record of what was trained on since the last one. All ranks must call it together.
+
+        Its keys are documented at DFTTrainer. One reduction of all sums is its only communication.
 
         Args:
-            step: steps done.
-            alpha: in force at the last of them.
-            is_last: of the training; has the DFT metrics whenever they were recorded before.
+            step: number of steps done.
+            alpha: of the last of these steps.
+            is_last: whether the training ends here; then the DFT metrics are added, however recent the last ones are.
         """
         sums, seconds = self._take(accelerator)
         record = {"loss": averages(sums)["loss"]}
-        self._unshown = [a + b for a, b in zip(self._unshown, sums, strict=True)]
-        if step - self._shown_step >= self._min_steps or is_last:
+        self._unrecorded = [a + b for a, b in zip(self._unrecorded, sums, strict=True)]
+        if step - self._recorded_step >= self._min_steps or is_last:
             record |= self._dft_metrics(alpha)
-            self._warn_if_hardly_anything_is_learnt()
-            self._unshown = [0.0] * len(sums)
-            self._shown_step = step
+            self._warn_if_learning_stalls()
+            self._unrecorded = [0.0] * len(sums)
+            self._recorded_step = step
         record["tokens_per_second"] = sums[TokenSums.TOKENS] / seconds
         record["supervised_tokens_per_second"] = sums[TokenSums.SUPERVISED] / seconds
         record["padding_share"] = 1.0 - sums[TokenSums.TOKENS] / max(sums[TokenSums.POSITIONS], 1.0)
         record["memory_gib"] = peak_memory_gib(self._device)
         if self._flops is not None and self._peak_tflops is not None:
-            done = self._flops(*(sums[i] for i in (TokenSums.TOKENS, TokenSums.SUPERVISED, TokenSums.PAIRS)))
-            record["mfu"] = done / (seconds * self._peak_tflops * 1e12 * accelerator.num_processes)
+            flops = self._flops(sums[TokenSums.TOKENS], sums[TokenSums.SUPERVISED], sums[TokenSums.PAIRS])
+            record["mfu"] = flops / (seconds * self._peak_tflops * 1e12 * accelerator.num_processes)
         return record
 
     def totals(self, accelerator, step: int) -> dict[str, float]:
-        """What the whole training, which ends with `step`, went through. A collective."""
+        """Sums up the whole training, which ends with `step`. All ranks must call it together.
+
+        Speeds are those of training alone, without evaluations and saves.
+        """
         self._take(accelerator)
         seconds = max(self._seconds, 1e-9)
         return {
@@ -113,8 +126,9 @@ class TrainingMetrics:
         }
 
     def _take(self, accelerator) -> tuple[list[float], float]:
-        """The sums over all ranks, and the seconds, since the last record."""
-        sums = self.sums.take(accelerator)  # waits for the device: what it still had to do was training
+        """Returns the sums over all ranks and the seconds since the last record, and starts anew."""
+        # taken before the time is, because it waits for the device, whose unfinished work is training
+        sums = self.sums.take(accelerator)
         now = time.perf_counter()
         if self._paused_at is not None:
             self._paused_at = now
@@ -126,19 +140,20 @@ class TrainingMetrics:
         return sums, seconds
 
     def _dft_metrics(self, alpha: float) -> dict[str, float]:
-        shown = averages(self._unshown)
+        """The metrics that log_metrics_steps thins out."""
+        means = averages(self._unrecorded)
         return {
-            "ce_loss": shown["ce_loss"],
-            "train/avg_p_correct": shown["avg_p_correct"],
+            "ce_loss": means["ce_loss"],
+            "train/avg_p_correct": means["avg_p_correct"],
             "train/dft_alpha": alpha,
-            "token_accuracy": shown["acc"],
-            **health(self._unshown, self._with_entropy),
-            **channel_averages(self._unshown, self._channels),
+            "token_accuracy": means["acc"],
+            **health(self._unrecorded, self._with_entropy),
+            **channel_averages(self._unrecorded, self._channels),
         }
 
-    def _warn_if_hardly_anything_is_learnt(self) -> None:
+    def _warn_if_learning_stalls(self) -> None:
         """Warns once if most tokens of a record have next to no weight, and so next to no gradient."""
-        share = self._unshown[TokenSums.WEIGHT_BELOW] / max(self._unshown[TokenSums.SUPERVISED], 1.0)
+        share = self._unrecorded[TokenSums.WEIGHT_BELOW] / max(self._unrecorded[TokenSums.SUPERVISED], 1.0)
         if share > 0.5 and not self._has_warned:
             self._has_warned = True
             logger.warning(

@@ -1,4 +1,4 @@
-"""Loads what a training left, onto a device: a whole model, a checkpoint, or an adapter with its base model."""
+"""Load a trained model for use: a whole model, a checkpoint, or an adapter with its base model."""
 
 import warnings
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from dft.chat.example import RowError
 from dft.chat.format import ChatFormat
 from dft.errors import UserError
-from dft.model.tokenizer import ERRORS, load_tokenizer
+from dft.model.tokenizer import LOADING_ERRORS, load_tokenizer
+from dft.reading.rows import RowError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-LOADING_ERRORS = (*ERRORS, RuntimeError, SafetensorError)
+MODEL_ERRORS = (*LOADING_ERRORS, RuntimeError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def load_trained(
         tokenizer = load_tokenizer(source, str(directory), trust_remote_code=trust_remote_code)
     except UserError:
         raise
-    except LOADING_ERRORS as error:
+    except MODEL_ERRORS as error:
         raise UserError(f"{directory}: the model can't be loaded: {error}") from error
     return TrainedModel(model, tokenizer, find_end_tokens(model, tokenizer), is_adapter)
 
@@ -94,7 +94,7 @@ def load_adapter(directory: str, dtype: str, trust_remote_code: bool) -> PreTrai
     name = PeftConfig.from_pretrained(directory).base_model_name_or_path
     try:
         base = load_model(name, dtype, trust_remote_code)
-    except LOADING_ERRORS as error:
+    except MODEL_ERRORS as error:
         raise UserError(
             f"{directory} is an adapter, and its base model {name} can't be loaded: {error}\nIf the base model lies "
             "elsewhere now, mend base_model_name_or_path in adapter_config.json"

@@ -1,1 +1,1 @@
-"""Files to conversations."""
+"""Read data files into conversations."""

@@ -1,4 +1,4 @@
-"""JSON read strictly: what other readers pass over (a repeated key, NaN, half a surrogate pair) is found."""
+"""Strict JSON: repeated keys, NaN, half surrogate pairs and deep nesting, which other readers accept, are refused."""
 
 import json
 import math
@@ -6,15 +6,22 @@ import re
 from collections import Counter
 from typing import Any
 
+from dft.reading.rows import RowError, malformed
+
+# Parsers, templates and our own functions recurse over nested values. At this depth all of them stay far below the
+# limit of any interpreter, so whether a row is accepted doesn't depend on the machine.
+MAX_NESTING = 100
+TOO_DEEP = f"nested too deeply: at most {MAX_NESTING} lists and objects may stand inside each other"
 SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
-
-
-class MalformedRow(ValueError):
-    """What is wrong with one row."""
+STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)
 
 
 class RepeatedKey(dict):
-    """A JSON object that names one of its keys twice."""
+    """A JSON object that has one of its keys twice.
+
+    Attributes:
+        repeated: the keys that stand in it more than once.
+    """
 
     def __init__(self, pairs: list[tuple[str, Any]]):
         super().__init__(pairs)
@@ -27,28 +34,39 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result if len(result) == len(pairs) else RepeatedKey(pairs)
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=_object)  # NaN and Infinity become floats, see refuse_odd_values
+DECODER = json.JSONDecoder(object_pairs_hook=_object)  # reads NaN and Infinity as floats; validate_value refuses them
 
 
 def decode(text: str) -> Any:
-    """The value of strict JSON; a repeated key makes a RepeatedKey.
+    """Parses the JSON of a whole row; an object with a repeated key becomes a RepeatedKey.
 
     Raises:
-        MalformedRow: it is not JSON.
+        RowError: the text is not JSON, or nested beyond the parser's own limit.
     """
     try:
         value = DECODER.decode(text)
-        if SURROGATE_ESCAPE.search(text):  # UTF-8 holds no half of a pair, only an escape can make one
+        if SURROGATE_ESCAPE.search(text):  # files are UTF-8, which can't hold half a pair: only an escape makes one
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
-        raise MalformedRow("a string holds half of a surrogate pair (\\ud800 to \\udfff)") from error
-    except (ValueError, RecursionError) as error:
-        raise MalformedRow(json_problem(error)) from error
+        raise RowError("broken_json", "a string holds half of a surrogate pair (\\ud800 to \\udfff)") from error
+    except (ValueError, RecursionError) as error:  # columns that are not used may be nested without limit
+        raise RowError("broken_json", json_problem(error)) from error
     return value
 
 
+def decode_text(text: str) -> Any:
+    """Parses JSON that stands in a text of a row, such as the arguments of a tool call.
+
+    Raises:
+        RowError: the text is not JSON, or has more than MAX_NESTING levels.
+    """
+    if is_nested_too_deeply(text):
+        raise malformed(TOO_DEEP)
+    return decode(text)
+
+
 def json_problem(error: Exception) -> str:
-    """What is wrong with JSON, in words."""
+    """Describes an error of the JSON parser."""
     if isinstance(error, json.JSONDecodeError):
         return f"broken JSON: {error.msg} at column {error.colno}"
     if isinstance(error, RecursionError):
@@ -56,19 +74,46 @@ def json_problem(error: Exception) -> str:
     return f"broken JSON: {error}"
 
 
-def refuse_odd_values(value: Any) -> None:
-    """Raises MalformedRow for a repeated key or a number that JSON doesn't have, anywhere inside `value`."""
+def validate_value(value: Any, place: str, levels: int = MAX_NESTING) -> None:
+    """Checks a parsed value, and everything inside it, for what strict JSON doesn't have.
+
+    Args:
+        place: names the value in an error.
+        levels: how many lists and objects may stand inside each other.
+
+    Raises:
+        RowError: a repeated key, NaN or an infinity, or too many levels.
+    """
     if isinstance(value, RepeatedKey):
-        raise MalformedRow(f"the key {value.repeated[0]!r} stands twice in one object")
+        raise malformed(f"the key {value.repeated[0]!r} stands twice in one object")
     if isinstance(value, float) and not math.isfinite(value):
-        raise MalformedRow("NaN and Infinity are not JSON")
-    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        raise malformed("NaN and Infinity are not JSON")
+    if not isinstance(value, dict | list):
+        return
+    if levels == 0:
+        raise malformed(f"{place} is {TOO_DEEP}")
+    for item in value.values() if isinstance(value, dict) else value:
         if not isinstance(item, str):
-            refuse_odd_values(item)
+            validate_value(item, place, levels - 1)
+
+
+def is_nested_too_deeply(text: str) -> bool:
+    """Whether JSON has more than MAX_NESTING levels; counts its brackets, so no parser can run out of stack."""
+    if text.count("[") + text.count("{") <= MAX_NESTING or not text.lstrip().startswith(("[", "{")):
+        return False
+    depth = 0
+    for token in STRING_OR_BRACKET.findall(text):
+        if token in ("[", "{"):
+            depth += 1
+            if depth > MAX_NESTING:
+                return True
+        elif token in ("]", "}"):
+            depth -= 1
+    return False
 
 
 def kind(value: Any) -> str:
-    """What a JSON value is, in words for an error."""
+    """Names the type of a JSON value, for an error."""
     if value is None:
         return "null"
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false"}

@@ -1,10 +1,11 @@
-"""Training curves, drawn from the records of a run."""
+"""Training curves, drawn from the log records of a run."""
 
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
+CURVES_FILE = "training_curves.png"
 PANELS = {  # title: {label: key of the log records}
     "Cross-entropy (nats per token)": {"train": "ce_loss", "evaluation": "eval_ce_loss"},
     "DFT loss": {"train": "loss", "evaluation": "eval_loss"},
@@ -19,25 +20,25 @@ PANELS = {  # title: {label: key of the log records}
 
 
 def series(log_history: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one key of the trainer's log."""
-    records = [r for r in log_history if key in r]
-    return [r["step"] for r in records], [r[key] for r in records]
+    """Steps and values of one key in the trainer's log, in the order of its records."""
+    records = [record for record in log_history if key in record]
+    return [record["step"] for record in records], [record[key] for record in records]
 
 
-def holds_best(args: TrainingArguments, state: TrainerState) -> bool:
-    """Whether the final weights are those of the best checkpoint, and not of the last step."""
+def final_weights_are_best(args: TrainingArguments, state: TrainerState) -> bool:
+    """Whether the model at the end of training is that of the best checkpoint, and not of the last step."""
     return args.load_best_model_at_end and state.best_model_checkpoint is not None
 
 
 def plot_curves(log_history: list[dict[str, Any]], path: Path) -> None:
-    """Draws the training curves to a PNG file."""
-    import matplotlib
+    """Draws the training curves to a PNG file, a panel for each of PANELS."""
+    import matplotlib  # imported here, because only rank 0 draws and the import takes time
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
-    # fixed margins: matplotlib's layouts draw everything twice
+    # fixed margins, because matplotlib's automatic layouts draw everything twice
     margins = {"left": 0.045, "right": 0.99, "bottom": 0.07, "top": 0.95, "wspace": 0.18, "hspace": 0.28}
     figure, axes = plt.subplots(2, 3, figsize=(15, 7), gridspec_kw=margins)
     for axis, (title, keys) in zip(axes.flat, PANELS.items(), strict=True):
@@ -48,7 +49,8 @@ def plot_curves(log_history: list[dict[str, Any]], path: Path) -> None:
                 axis.plot(steps, values, color=color, label=label, marker=marker, markersize=4)
         axis.set_title(title)
         axis.set_xlabel("step")
-        axis.ticklabel_format(axis="y", scilimits=(-2, 4))  # 0.002 is 2 under 1e-3: short numbers fit the margins
+        # short numbers fit the fixed margins: 0.002 is drawn as 2, with a factor of 1e-3 above the axis
+        axis.ticklabel_format(axis="y", scilimits=(-2, 4))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
         if len(keys) > 1 and axis.lines:
@@ -58,11 +60,12 @@ def plot_curves(log_history: list[dict[str, Any]], path: Path) -> None:
 
 
 class Curves(TrainerCallback):
-    """Draws the curves whenever a checkpoint is saved."""
+    """Draws the curves whenever a checkpoint is saved, so that a run that is interrupted has them too."""
 
     def __init__(self, output_dir: str):
-        self.path = Path(output_dir) / "training_curves.png"
+        self.path = Path(output_dir) / CURVES_FILE
 
     def on_save(self, args, state, control, **kwargs):
+        """Draws the curves on rank 0."""
         if state.is_world_process_zero:
             plot_curves(state.log_history, self.path)

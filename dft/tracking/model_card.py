@@ -1,13 +1,14 @@
-"""The model card: what a model was made from, on what data, how, with what results, and its limits."""
+"""The model card: base model, data, training settings, results, limits and use, as README.md."""
 
 import logging
 import re
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerState, TrainingArguments
 
-from dft.tracking.curves import holds_best, series
+from dft.tracking.curves import final_weights_are_best, series
 
 logger = logging.getLogger(__name__)
 
@@ -24,11 +25,12 @@ HYPERPARAMETERS = (
 
 
 def write_card(about: dict[str, Any], report: dict[str, Any], args: TrainingArguments, state: TrainerState) -> None:
-    """Writes the model card, README.md of the output directory, unless a file of this name is somebody else's.
+    """Writes the model card to README.md in the output directory, unless that is a file written by somebody else.
 
     Args:
-        report: see data_report.make_report.
-        state: of the trainer, at the end.
+        about: see run_info.about_run.
+        report: see dft.data.report.make_report.
+        state: of the trainer at the end of training.
     """
     path = Path(args.output_dir) / "README.md"
     if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
@@ -38,21 +40,13 @@ def write_card(about: dict[str, Any], report: dict[str, Any], args: TrainingArgu
 
 
 def model_card(about: dict[str, Any], report: dict[str, Any], args: TrainingArguments, state: TrainerState) -> str:
-    """A model card in the hub's format, see `write_card`."""
+    """Makes a model card in the format of the Hugging Face Hub; the arguments are those of write_card."""
     base, name = _name(about["model"]["model_name_or_path"]), Path(args.output_dir).resolve().name
-    # a directory is no name on the hub
-    base_line = f"base_model: {base}\n" if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else ""
     alpha = _alpha(about["dft"])
-    best_step = state.best_global_step if holds_best(args, state) else None
+    best_step = state.best_global_step if final_weights_are_best(args, state) else None
     loss = "plain cross-entropy (SFT)" if alpha == 0 else "the DFT loss (Dynamic Fine-Tuning, arXiv 2508.05629)"
     return f"""\
----
-{base_line}library_name: transformers
-pipeline_tag: text-generation
-tags:
-- dft
-- {"sft" if alpha == 0 else "dynamic-fine-tuning"}
----
+{_front_matter(base, alpha)}
 {MARK}
 
 # {name}
@@ -95,7 +89,21 @@ Made with {", ".join(f"{package} {number}" for package, number in about["version
 """
 
 
+def _front_matter(base: str, alpha: float) -> str:
+    """The metadata that the hub reads. base_model must be a name on the hub, which a directory is not."""
+    base_line = f"base_model: {base}\n" if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else ""
+    return f"""\
+---
+{base_line}library_name: transformers
+pipeline_tag: text-generation
+tags:
+- dft
+- {"sft" if alpha == 0 else "dynamic-fine-tuning"}
+---"""
+
+
 def _formula(alpha: float) -> str:
+    """A sentence about the weight of the DFT loss; none for plain cross-entropy."""
     if alpha == 0:
         return ""
     return (
@@ -105,24 +113,28 @@ def _formula(alpha: float) -> str:
 
 
 def _alpha(dft: dict[str, Any]) -> float:
+    """The alpha that a run trained with: 0 if the DFT loss was switched off."""
     return dft["dft_alpha"] if dft["use_simple_dft"] else 0.0
 
 
 def _name(model: str) -> str:
-    """A model's name: of a directory its last part, for the others are a matter of one machine."""
+    """A model's name; of a directory only the last part, because the others mean nothing on another machine."""
     return Path(model).resolve().name if Path(model).exists() else model
 
 
 def _table(header: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
+    """A Markdown table."""
     rows = [header, ("---", *["---:"] * (len(header) - 1)), *lines]
     return "\n".join(f"| {' | '.join(_cell(cell) for cell in row)} |" for row in rows)
 
 
 def _cell(text: str) -> str:
+    """Text that can't break a Markdown table: without pipes, line breaks and control characters."""
     return "".join(c if c.isprintable() else " " for c in text.replace("|", "¦"))
 
 
 def _data_table(report: dict[str, Any]) -> str:
+    """Rows and tokens of each data file."""
     lines = [
         (
             Path(entry["path"]).name,
@@ -137,6 +149,7 @@ def _data_table(report: dict[str, Any]) -> str:
 
 
 def _held_out(about: dict[str, Any]) -> str:
+    """A sentence about the training and evaluation rows."""
     rows = about["num_rows"]
     files = ", ".join(Path(path).name for path in about["data"]["eval_data_files"] or ())
     source = f"from {files}" if files else "held out"
@@ -144,22 +157,25 @@ def _held_out(about: dict[str, Any]) -> str:
 
 
 def _settings(about: dict[str, Any], args: TrainingArguments) -> list[tuple[str, str]]:
+    """Names and values of the settings that shape a training, without those that have no effect in this one."""
     dft = {name: value for name, value in about["dft"].items() if name != "use_simple_dft"}
     dft["dft_alpha"] = _alpha(about["dft"])
-    own = {"max_length": about["data"]["max_length"], "train_on": about["data"]["train_on"]}
-    training = {name: getattr(args, name) for name in HYPERPARAMETERS}
+    data = {name: about["data"][name] for name in ("max_length", "train_on")}
+    values_of = vars(args) | {"world_size": args.world_size}  # a property, not a field
+    training = {name: values_of[name] for name in HYPERPARAMETERS}
     if args.max_steps > 0:
         del training["num_train_epochs"]
     if args.max_tokens_per_batch:
         del training["per_device_train_batch_size"]
     if 0 < training["warmup_steps"] < 1:
         training["warmup_ratio"] = training.pop("warmup_steps")
-    values = {**dft, **own, "torch_dtype": about["model"]["torch_dtype"], **training}
-    return [(name, str(getattr(value, "value", value))) for name, value in values.items() if value not in (None, -1)]
+    values = {**dft, **data, "torch_dtype": about["model"]["torch_dtype"], **training}
+    values = {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
+    return [(name, str(value)) for name, value in values.items() if value not in (None, -1)]  # -1: max_steps unset
 
 
 def _results(history: list[dict[str, Any]], best_step: int | None) -> str:
-    """First and last results, and those of the best checkpoint where its weights are what is saved."""
+    """The first and last results, and those of the best checkpoint if its weights are the ones saved."""
     columns = ("first", "last") if best_step is None else ("first", "these weights", "last")
     lines = []
     for name, key in (
@@ -179,12 +195,14 @@ def _results(history: list[dict[str, Any]], best_step: int | None) -> str:
 
 
 def _weights(args: TrainingArguments, best_step: int | None) -> str:
+    """A sentence about the step whose weights are saved."""
     if best_step is None:
         return "The weights are those of the last step."
     return f"The weights are those of step {best_step}, the checkpoint with the best {args.metric_for_best_model}."
 
 
 def _weight_limit(dft: dict[str, Any]) -> str:
+    """A sentence about the limit that the loss sets: the least weight of a token, max(floor, 1 − alpha)."""
     least = max(dft["dft_floor"], 1 - _alpha(dft))
     if least == 1:
         return "Trained on rows of chats, it may repeat what they say, right or wrong."

@@ -1,27 +1,45 @@
-"""What a run was: its settings, data, versions and code, kept in run.json."""
+"""Run metadata saved to run.json: settings, data, versions, code and command line."""
 
 import json
 import shlex
 import subprocess
 import sys
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments
 
 from dft.errors import UserError
 
+if TYPE_CHECKING:
+    from dft.config.command_line import Settings
+    from dft.data.prepared import PreparedData
+
+
+def describe_run(settings: "Settings", data: "PreparedData") -> dict[str, Any]:
+    """Collects a run's metadata, see about_run; rank 0 writes it to run.json in the output directory."""
+    groups = {"model": settings.model, "data": settings.data, "dft": settings.loss, "logging": settings.metrics}
+    num_rows = {"training": len(data.train), "evaluation": data.num_evaluation}
+    about = about_run(
+        {name: asdict(group) for name, group in groups.items()}, settings.training, data.report, num_rows
+    )
+    if settings.training.process_index == 0:
+        write_run(about, Path(settings.training.output_dir))
+    return about
+
 
 def about_run(
     settings: dict[str, dict[str, Any]], args: TrainingArguments, report: dict[str, Any], num_rows: dict[str, int]
 ) -> dict[str, Any]:
-    """A run's settings by group (model, data, dft, logging), its rows, versions, the code's commit, the command line.
+    """Collects a run's metadata: settings by group, numbers of rows, package versions, commit, command line.
 
     Args:
-        args: what else there is to know of them stands in training_args.json.
-        report: see data_report.make_report.
-        num_rows: that are trained and evaluated on.
+        settings: the groups model, data, dft and logging, as dictionaries.
+        args: of which only precision and world size are taken; training_args.json has the others.
+        report: see dft.data.report.make_report.
+        num_rows: rows that are trained on and evaluated on.
     """
     packages = ("torch", "transformers", "accelerate", "deepspeed", "datasets")
     return {
@@ -36,7 +54,7 @@ def about_run(
 
 
 def without_secrets(argv: list[str]) -> list[str]:
-    """A command line without the values of flags such as --hub_token."""
+    """Hides the values of flags such as --hub_token in a command line, which dashboards and run.json show."""
     words, is_secret = [], False
     for word in argv:
         name, equals, _ = word.partition("=")
@@ -47,10 +65,10 @@ def without_secrets(argv: list[str]) -> list[str]:
 
 
 def _git_commit() -> str | None:
-    """The commit of the code, and whether it was changed since; None where git doesn't know the code."""
+    """The commit of the code, ending in -dirty if it was changed since; None if git doesn't track the code."""
     here = Path(__file__)
     commands = (
-        ["ls-files", "--error-unmatch", here.name],  # in another repository's directory it is not
+        ["ls-files", "--error-unmatch", here.name],  # fails where it is installed inside another repository
         ["describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"],
     )
     try:
@@ -63,12 +81,12 @@ def _git_commit() -> str | None:
 
 
 def write_run(about: dict[str, Any], directory: Path) -> None:
-    """Writes run.json, from which scripts/evaluate.py takes its settings."""
+    """Writes run.json to a directory; scripts/evaluate.py reads the settings of the training from it."""
     (directory / "run.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_run(model: Path) -> dict[str, Any]:
-    """What run.json says in a model's directory, or beside a checkpoint; {} where there is none.
+    """Reads the run.json in a model's directory, or beside a checkpoint; {} if there is none.
 
     Raises:
         UserError: it can't be read.

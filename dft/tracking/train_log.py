@@ -1,4 +1,4 @@
-"""train_log.jsonl: every log record of a run as a line of JSON."""
+"""Write every log record of a run to train_log.jsonl, one JSON object per line."""
 
 import json
 import math
@@ -9,14 +9,15 @@ from transformers import TrainerCallback
 
 
 class TrainLog(TrainerCallback):
-    """Writes every log record as a line of train_log.jsonl: the step and the numbers logged at it."""
+    """Writes every log record to train_log.jsonl in the output directory: the step and the numbers logged at it."""
 
     def __init__(self, output_dir: str):
         self.path = Path(output_dir) / "train_log.jsonl"
 
     def on_train_begin(self, args, state, control, **kwargs):
+        """Starts the file anew on rank 0, with the records that a resumed run's checkpoint holds."""
         if state.is_world_process_zero:
-            earlier = state.log_history if state.global_step else []  # a resumed run's checkpoint knows them
+            earlier = state.log_history if state.global_step else []
             self.path.write_text("".join(map(self._line, earlier)), encoding="utf-8")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -27,6 +28,6 @@ class TrainLog(TrainerCallback):
 
     @staticmethod
     def _line(record: dict[str, Any]) -> str:
-        # JSON has no NaN
+        # JSON has neither NaN nor infinity
         numbers = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         return json.dumps({"step": record["step"]} | numbers) + "\n"

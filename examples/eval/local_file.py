@@ -7,6 +7,11 @@ from datasets import Dataset
 
 
 def load(file: str, **metadata: object) -> dict[str, Dataset]:
-    """The rows of a file of this directory as the split "test". The harness passes its metadata too; it isn't used."""
+    """Reads a file beside this one as the split "test".
+
+    Args:
+        file: its name, from the task's YAML.
+        metadata: what else the harness passes; not used.
+    """
     lines = (Path(__file__).parent / file).read_text(encoding="utf-8").splitlines()
     return {"test": Dataset.from_list([json.loads(line) for line in lines])}

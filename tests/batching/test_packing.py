@@ -41,7 +41,7 @@ def test_no_bin_holds_more_than_its_capacity(pack, lengths, capacity, seed):
 
 @pytest.mark.parametrize("pack", [best_fit_decreasing, next_fit, next_fit_padded])
 @pytest.mark.parametrize("length", [0, CAPACITY + 1])
-def test_rows_that_no_bin_holds(pack, length):
+def test_rows_that_no_bin_holds_are_refused(pack, length):
     with pytest.raises(ValueError, match="can't be put into"):
         pack(np.array([10, length]), CAPACITY)
 
@@ -134,7 +134,7 @@ def test_fillers_supervise_nothing_and_are_short(kind):
         filled[len(filled)]
 
 
-def test_what_can_not_be_filled_up():
+def test_only_sized_sets_of_labeled_rows_can_be_filled_up():
     assert FilledRows.can_fill(rows(3))
     assert FilledRows.can_fill(PackedRows(rows(3), np.zeros(3, dtype=int)))
     assert not FilledRows.can_fill(rows(3).to_iterable_dataset())
@@ -143,7 +143,7 @@ def test_what_can_not_be_filled_up():
     assert not FilledRows.can_fill([])
 
 
-def test_an_order_that_is_not_known():
+def test_an_unknown_order_is_refused():
     with pytest.raises(ValueError, match="batch_rebalance"):
         EpochOrder(3, 3, seed=0, strategy="batch_rebalance")
 
@@ -181,7 +181,7 @@ def test_the_plan_says_in_the_report_what_it_does(batching, max_tokens):
     rebalanced.add_to_report(report, lengths, [lengths, lengths])
 
 
-def test_padding_waste():
+def test_padding_waste_is_the_share_of_padded_positions():
     assert padding_waste(np.full(6, 8), 3) == 0
     assert padding_waste(np.array([8, 24]), 2) == 1 - 32 / 48
     assert padding_waste(np.array([4]), 2) == 0.5

@@ -1,7 +1,7 @@
-"""Small real tokenizers with the chat templates of well-known model families, and who writes which of their tokens.
+"""Small real tokenizers with the chat templates of well-known model families, and an oracle of their labels.
 
-A template in tests/families/ has the comments {#gen#} and {#endgen#} around what the assistant writes. They are
-dropped for the code under test, and become {% generation %} tags for transformers' own mask, the oracle.
+A template in tests/chat/families/ has the comments {#gen#} and {#endgen#} around the text that the assistant writes.
+They are dropped for the code under test, and become {% generation %} tags for transformers' own mask, the oracle.
 """
 
 import json
@@ -19,23 +19,23 @@ from examples.make_example_data import dialogues_zh, facts_en, tools_en
 from examples.make_tiny_model import strings
 
 DIRECTORY = Path(__file__).parent / "families"
-# of the kind of GPT-4's and Qwen's: line ends join into one word, and to the punctuation before them
+# similar to GPT-4's and Qwen's: line ends join into one word, and to the punctuation before them
 BYTE_WORDS = r"'(?:s|t|re|ve|m|ll|d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LINE_ENDS = ["a.\n\nb", "one\n\n\ntwo", "three\n\n\n\nfour", "x \n\ny", "  indented\n  text"] * 20
 
 
 @dataclass(frozen=True)
 class Family:
-    """A template and the tokens of its tokenizer. `special` and `added` are names separated by blanks."""
+    """A template and the tokens of its tokenizer. `special` and `rstrip` are names separated by spaces."""
 
     template: str  # file name without .jinja
-    special: str  # control tokens
+    special: str  # its control tokens
     eos: str
     bos: str | None = None
-    kind: str = "bytes"  # "bytes", "metaspace" or "prepend" (a blank is put before every piece of text)
-    added: tuple[str, ...] = ()  # tokens that are text
+    kind: str = "bytes"  # "bytes", "metaspace" or "prepend" (a space is put before every segment)
+    added: tuple[str, ...] = ()  # tokens that are plain text
     rstrip: str = ""  # control tokens that swallow the whitespace after them
-    opener: str = ""  # a beginning of thinking that the generation prompt ends with
+    opener: str = ""  # the opening of a thinking block at the end of the generation prompt
 
 
 QWEN = {"special": "<|endoftext|> <|im_start|> <|im_end|>", "eos": "<|im_end|>"}
@@ -105,7 +105,7 @@ FAMILIES = {
 
 
 def template(name: str, tagged: bool = False) -> str:
-    """The family's chat template, as its users have it or with generation tags."""
+    """The family's chat template, as it is published or with generation tags."""
     family = FAMILIES[name]
     text = (DIRECTORY / f"{family.template}.jinja").read_text(encoding="utf-8").replace("{#opener#}", family.opener)
     for word in ("gen", "endgen"):
@@ -136,7 +136,7 @@ def byte_level() -> str:
 
 @cache
 def sentencepiece_like(kind: str) -> str:
-    """A BPE tokenizer with ▁ for blanks and bytes for rare characters, without control tokens, as JSON."""
+    """A BPE tokenizer with ▁ for spaces and bytes for rare characters, without control tokens, as JSON."""
     words = Tokenizer(models.BPE())
     words.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
     alphabet = ["\n", *map(chr, range(33, 127))]
@@ -176,7 +176,7 @@ def tokenizer(name: str, tagged: bool = False) -> PreTrainedTokenizerFast:
 
 @dataclass
 class Oracle:
-    """What transformers itself says about one family's conversations, by the tags in the template."""
+    """The spans and labels of one family's conversations by transformers itself, from the tags in the template."""
 
     name: str
 
@@ -186,7 +186,7 @@ class Oracle:
         self.control_ids = self.tokenizer.convert_tokens_to_ids(self.family.special.split())
 
     def spans(self, messages: list[dict], tools: list | None = None) -> tuple[str, list[tuple[int, int]]]:
-        """The render and the characters [start, end) that the assistant writes."""
+        """The rendered text, and the characters [start, end) that the assistant writes."""
         texts, spans = render_jinja_template(
             conversations=[messages],
             tools=tools,
@@ -199,8 +199,8 @@ class Oracle:
     def encode(self, messages: list[dict], tools: list | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and labels, int [T], by transformers' mask.
 
-        It is put right at the borders: a token that begins in a turn's header belongs to the header, and a last
-        character of several tokens is supervised with all of them.
+        The mask is corrected at the borders of turns: a token that begins in the header belongs to the header, and a
+        last character of several tokens is supervised with all of them.
         """
         encoding = self.tokenizer.apply_chat_template(
             messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
@@ -215,7 +215,7 @@ class Oracle:
         return ids, np.where(mask, ids, -100)
 
     def spoof(self) -> str:
-        """Text of a whole conversation in the family's own format, with every control token."""
+        """The text of a conversation in the family's own format, with every control token."""
         chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ok"}]
         text = tokenizer(self.name).apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         return re.sub("</?think>", "", text) + self.family.special

@@ -1,16 +1,21 @@
-"""Segments are tokenized as the whole text is, by every kind of tokenizer, or the encoder knows that they aren't."""
+"""Segments and words get the token ids that they have in the whole text, with every kind of tokenizer.
+
+A tokenizer for which this doesn't hold is recognized.
+"""
 
 import json
 import random
+import re
 
 import numpy as np
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from dft.chat.text_encoder import MARK_END, MARK_START, WHITE_SPACE, TextEncoder, one_of
+from dft.chat.control_tokens import MARK_END, MARK_START, one_of
+from dft.chat.text_encoder import WHITE_SPACE, TextEncoder
 from dft.chat.word_encoder import WordEncoder, encode_batch
-from dft.chat.word_splits import GPT2, can_cut_at_blanks, keeps_to_words, pieces
+from dft.chat.word_splits import GPT2, can_split_at_spaces, is_safe, split_at_spaces
 from tests.chat.families import FAMILIES
 from tests.chat.families import tokenizer as family_tokenizer
 
@@ -82,7 +87,7 @@ DEEPSEEK = (
 
 
 def split_bpe(*expressions: str, normalizer=None, added=(), digits=False, bytes=True) -> PreTrainedTokenizerFast:
-    """As most models have it: regular expressions, then bytes."""
+    """A tokenizer as most models have it: regular expressions, then bytes."""
     steps = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in expressions]
     steps += [pre_tokenizers.Digits(individual_digits=True)] if digits else []
     steps += [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not expressions)] if bytes else []
@@ -129,11 +134,11 @@ TOKENIZERS = {
     "o200k": lambda: split_bpe(O200K, added=[AddedToken("cat", normalized=False)]),
     "deepseek": lambda: split_bpe(*DEEPSEEK, normalizer=normalizers.Sequence([])),
     "digits": lambda: split_bpe(digits=True),
-    "across blanks": lambda: split_bpe(r"\p{L}+ \p{L}+|\s+|\S"),
-    "added with blank": lambda: split_bpe(CL100K, added=[AddedToken("e cat", normalized=False)]),
+    "across spaces": lambda: split_bpe(r"\p{L}+ \p{L}+|\s+|\S"),
+    "added with space": lambda: split_bpe(CL100K, added=[AddedToken("e cat", normalized=False)]),
     "many special": lambda: bpe(special=[f"<r{i}>" for i in range(300)] + ["<", "<s>", "<r"]),
 }
-NOT_CUTTABLE = {
+NOT_SPLITTABLE = {
     "single word": lambda: with_special(single_word=True, normalized=False),
     "normalized": lambda: trained_with_normalized(),
     "strip and added white space": lambda: with_special(
@@ -154,30 +159,30 @@ def random_text(rng: random.Random, control: list[str]) -> str:
     return "".join(rng.choice(control if rng.random() < 0.3 else PIECES) for _ in range(rng.randrange(25)))
 
 
-@pytest.mark.parametrize("name", [*TOKENIZERS, *NOT_CUTTABLE])
+@pytest.mark.parametrize("name", [*TOKENIZERS, *NOT_SPLITTABLE])
 def test_ids_and_borders_are_those_of_the_whole_text(name):
-    tokenizer = {**TOKENIZERS, **NOT_CUTTABLE}[name]()
+    tokenizer = {**TOKENIZERS, **NOT_SPLITTABLE}[name]()
     encoder = TextEncoder(tokenizer)
     assert encoder.can_segment == (name in TOKENIZERS)
     rng = random.Random(name)
     control = [*encoder.special][:40] + [token.content for token in tokenizer.added_tokens_decoder.values()][-5:]
     texts = [random_text(rng, control) for _ in range(400)]
     borders = [sorted(rng.randrange(len(text) + 1) for _ in range(3)) for text in texts]
-    for text, some, (ids, found) in zip(texts, borders, encoder.encode(texts, borders), strict=True):
+    for text, places, (ids, found) in zip(texts, borders, encoder.encode(texts, borders), strict=True):
         whole = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
         assert ids.tolist() == whole.ids, repr(text)
         starts = np.array([start for start, _ in whole.offsets])
-        assert found == [int((starts < border).sum()) for border in some], (text, some)
+        assert found == [int((starts < border).sum()) for border in places], (text, places)
 
 
-def test_words_are_cut_where_that_is_known_to_be_exact():
+def test_words_are_split_where_that_is_known_to_be_exact():
     expected = {"cl100k", "o200k", "deepseek", "digits", "nfc", "added words", "many special"}
     assert {name for name in TOKENIZERS if TextEncoder(TOKENIZERS[name]())._words} - set(FAMILIES) == expected
 
 
 SAFE = [CL100K, O200K, *DEEPSEEK, GPT2, r"\s", r" ?+[a-z]++|\s++", r"[ \n]\w+|\s+"]
 UNSAFE = [
-    r"\p{L}+ ",  # a blank at the end
+    r"\p{L}+ ",  # a space at the end
     r"\w+ \w+",
     r"[^x]+",
     r"(?: a)",
@@ -189,7 +194,7 @@ UNSAFE = [
     r"a[ -/]",
     r"a[\x20]",
     r"a[^\S]",
-    r"(?<=a) b",  # these look around
+    r"(?<=a) b",  # the next ones look around
     r"(?=a)\s+",
     r"a(?!\S)",
     r"(?!\S)\s+",
@@ -210,37 +215,37 @@ UNSAFE = [
 
 
 @pytest.mark.parametrize("expression", SAFE)
-def test_safe_expression_cuts_each_piece_as_within_the_text(expression):
-    """Here by `Split` itself: whatever the vocabulary is."""
-    assert keeps_to_words(expression)
+def test_safe_expression_splits_each_piece_as_within_the_text(expression):
+    """Only `Split` is run, so this holds for any vocabulary."""
+    assert is_safe(expression)
     split = pre_tokenizers.Split(Regex(expression + r"|\s+"), "isolated")
     rng = random.Random(expression)
     for _ in range(3000):
         text = "".join(rng.choice([*PIECES, " b", "c ", "5", "'s", "/", "\r"]) for _ in range(rng.randrange(12)))
-        cut = pieces(text)
+        cut = split_at_spaces(text)
         assert "".join(cut) == text
         in_pieces = [part for piece in cut for part, _ in split.pre_tokenize_str(piece)]
         assert in_pieces == [part for part, _ in split.pre_tokenize_str(text)], repr(text)
 
 
 @pytest.mark.parametrize("expression", UNSAFE)
-def test_other_expressions_are_not_cut(expression):
-    assert not keeps_to_words(expression)
-    assert not can_cut_at_blanks(split_bpe(r"\s+", expression).backend_tokenizer)
+def test_other_expressions_are_not_safe(expression):
+    assert not is_safe(expression)
+    assert not can_split_at_spaces(split_bpe(r"\s+", expression).backend_tokenizer)
 
 
-def test_nothing_is_cut_where_no_expression_takes_blanks_or_bytes_are_not_last():
-    assert not can_cut_at_blanks(split_bpe(CL100K, bytes=False).backend_tokenizer)
-    assert not can_cut_at_blanks(split_bpe(r"\p{L}+").backend_tokenizer)
+def test_nothing_is_split_where_no_expression_matches_spaces_or_bytes_are_not_last():
+    assert not can_split_at_spaces(split_bpe(CL100K, bytes=False).backend_tokenizer)
+    assert not can_split_at_spaces(split_bpe(r"\p{L}+").backend_tokenizer)
 
 
-def test_pieces():
-    cut = pieces(" one two  three\n four. five\n\nsix \x1c seven\u3000 eight ")
+def test_texts_are_split_before_single_spaces():
+    cut = split_at_spaces(" one two  three\n four. five\n\nsix \x1c seven\u3000 eight ")
     assert cut == [" one", " two  three\n four.", " five\n\nsix \x1c seven\u3000 eight "]
-    assert [pieces(text) for text in ("", " ", "a")] == [[], [" "], ["a"]]
+    assert [split_at_spaces(text) for text in ("", " ", "a")] == [[], [" "], ["a"]]
 
 
-def test_white_space_of_expressions_is_white_space_here():
+def test_white_space_is_what_the_tokenizers_library_takes_for_it():
     split = pre_tokenizers.Split(Regex(r"\s"), "removed")
     characters = [chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000]
     theirs = set(characters) - {c for part, _ in split.pre_tokenize_str("".join(characters)) for c in part}
@@ -248,17 +253,17 @@ def test_white_space_of_expressions_is_white_space_here():
     assert set(WHITE_SPACE) == theirs
 
 
-def test_long_words_and_old_words_are_forgotten(tokenizer, monkeypatch):
+def test_long_words_are_not_cached_and_a_full_cache_is_emptied(tokenizer, monkeypatch):
     backend = tokenizer.backend_tokenizer
     words = WordEncoder(backend)
-    monkeypatch.setattr("dft.chat.word_encoder.MAX_KEPT", 3)
+    monkeypatch.setattr("dft.chat.word_encoder.MAX_CACHED_WORDS", 3)
     for i in range(9):
         text = f"some words {'x' * 100}{i}"
         assert words.encode([text]) == encode_batch(backend, [text])
-        assert set(words._kept) <= {"some", " words"}
+        assert set(words._cache) <= {"some", " words"}
 
 
-def test_other_parts_of_a_tokenizer_are_not_cut():
+def test_tokenizers_with_other_parts_are_not_split():
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     twice = split_bpe(CL100K).backend_tokenizer
     twice.pre_tokenizer = pre_tokenizers.Sequence([byte_level, byte_level])
@@ -268,36 +273,36 @@ def test_other_parts_of_a_tokenizer_are_not_cut():
     dropout.model.dropout = 0.1
     sampling = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0))
     sampling.pre_tokenizer = byte_level
-    assert not any(map(can_cut_at_blanks, (twice, nothing, dropout, sampling)))
+    assert not any(map(can_split_at_spaces, (twice, nothing, dropout, sampling)))
 
 
 @pytest.mark.parametrize(
-    "vocabulary", ["with blank", "without blank", "added blank", "suffix", "blank prefix", "unknown blank", "empty"]
+    "vocabulary", ["with space", "without space", "added space", "suffix", "space prefix", "unknown space", "empty"]
 )
-def test_words_are_tokenized_together(vocabulary, monkeypatch):
-    added = [AddedToken("Ġx", normalized=False)] if vocabulary == "added blank" else []
+def test_words_tokenized_together_have_the_ids_of_the_tokenizer(vocabulary, monkeypatch):
+    added = [AddedToken("Ġx", normalized=False)] if vocabulary == "added space" else []
     backend = split_bpe(CL100K, added=added).backend_tokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = {
         "suffix": {"end_of_word_suffix": "</w>"},
-        "blank prefix": {"continuing_subword_prefix": "Ġ"},
-        "unknown blank": {"unk_token": "Ġ"},
+        "space prefix": {"continuing_subword_prefix": "Ġ"},
+        "unknown space": {"unk_token": "Ġ"},
         "empty": {},
     }
     if vocabulary in special:
         tokens = (
             [] if vocabulary == "empty" else [*alphabet, *(f"Ġ{a}" for a in alphabet), *(f"{a}</w>" for a in "adt")]
         )
-        tokens = [token for token in tokens if token not in "qz"]  # unknown
+        tokens = [token for token in tokens if token not in "qz"]  # some characters are unknown
         backend.model = models.BPE({token: i for i, token in enumerate(tokens)}, [], **special[vocabulary])
-    if vocabulary == "without blank":
+    if vocabulary == "without space":
         state = json.loads(backend.to_str())
         del state["model"]["vocab"]["Ġ"]
         state["model"]["merges"] = [merge for merge in state["model"]["merges"] if "Ġ" not in merge]
         backend = Tokenizer.from_str(json.dumps(state))
     words = WordEncoder(backend)
-    monkeypatch.setattr("dft.chat.word_encoder.AT_ONCE", 3)
-    assert can_cut_at_blanks(backend)
+    monkeypatch.setattr("dft.chat.word_encoder.WORDS_PER_CALL", 3)
+    assert can_split_at_spaces(backend)
     text = " quiz The cat sat on  the\n mat Ġ Ġx é 中文 of a  thing,   they say 1 12 123 1234 – and\u00a0so on "
     assert words.encode([text, text[5:]]) == encode_batch(backend, [text, text[5:]])
 
@@ -314,16 +319,14 @@ def test_marked_control_tokens_become_no_control_token(name):
         assert result is None or np.isin(result[0], special).sum() == 2
 
 
-def test_padding_and_truncation_of_the_tokenizer_have_no_part(tokenizer):
+def test_padding_and_truncation_of_the_tokenizer_are_not_applied(tokenizer):
     encoder = TextEncoder(tokenizer)
     tokenizer(["a b c", "a"], padding=True, truncation=True, max_length=2)
     ids, _ = encoder.encode(["a b c d e f g"], [[]])[0]
     assert tokenizer.decode(ids) == "a b c d e f g"
 
 
-def test_one_of():
-    import re
-
+def test_one_of_matches_the_longest_word():
     words = ["<a>", "<ab>", "<a>b", "x", "<", "a.c", "xyz"]
     rng = random.Random(0)
     fast = re.compile(one_of(words))

@@ -1,6 +1,6 @@
-"""Labels of every chat-template family are what the tagged template and transformers' own mask say, token by token.
+"""The labels of every model family equal those of the tagged template and transformers' own mask, token by token.
 
-A cell is one family and one kind of conversation. Its verdict is explicit: exact, or refused for a named reason.
+A case is one family and one kind of conversation: its labels are exact, or it is rejected for a named reason.
 """
 
 import json
@@ -10,7 +10,8 @@ import re
 import numpy as np
 import pytest
 
-from dft.chat.format import ChatFormat, RowError
+from dft.chat.format import ChatFormat
+from dft.reading.rows import RowError
 from examples.make_example_data import WEATHER_TOOL
 from tests.chat.families import FAMILIES, Oracle, runs, tokenizer
 
@@ -20,8 +21,8 @@ TEXTS = [
     "  ",
     "\n",
     "\n\nline ends first",
-    " a blank first",
-    "blanks last  ",
+    " a space first",
+    "spaces last  ",
     "line ends last\n\n",
     "a\n\n\nb",
     "好👍",
@@ -91,18 +92,18 @@ ROWS = {
     **{f"answer {text!r}": [user(text + "Q" + text), assistant(text)] * 2 for text in TEXTS},
 }
 SHOWN_AS = {"tools, arguments as text": "tools"}  # templates are given arguments as objects
-# What a family can't show, as (families, rows, reason); every other cell is exact
+# What a family can't show, as (families, rows, reason); every other case is exact
 REFUSED = [
-    # they show no tool calls, and take no tool's turn where roles must alternate
+    # these show no tool calls, and refuse the turn of a tool where roles must alternate
     ("phi3|phi3_prepend|phi4", "tools.*", "unverified_mask"),
     ("gemma|llama2", "tools, call last", "unverified_mask"),
     ("gemma|llama2", "tools.*", "template_error"),
     ("gemma|llama2|mistral_v3", "(users|assistants) in a row|assistant first", "template_error"),
-    # they show the first call alone, or the calls without the words
+    # these show the first call alone, or the calls without the words
     ("llama3", "tools, two calls.*", "template_error"),
     ("gpt_oss", "tools, two calls.*", "unverified_mask"),
     ("llama3|mistral_v3", "tools, words .*", "unverified_mask"),
-    # it asks whether the answer is empty: with an anchor it is not
+    # this one asks whether the answer is empty: with an anchor it is not
     ("glm4_thinking", r"answer '( *|\\n)'", "unverified_mask"),
 ]
 
@@ -113,7 +114,7 @@ def refusal(name: str, row: str) -> str | None:
     return next(fitting, None)
 
 
-# The oracle's view of one conversation, ⟦⟧ around what the assistant writes
+# One conversation as the oracle sees it, with ⟦⟧ around the assistant's text
 SHOWN = {
     "qwen2.5": "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nA<|im_end|>\n<|im_start|>assistant\n⟦B<|im_end|>⟧\n"
     "<|im_start|>user\nC<|im_end|>\n<|im_start|>assistant\n⟦D<|im_end|>⟧\n",
@@ -151,7 +152,7 @@ SHOWN |= {"phi3_prepend": SHOWN["phi3"], "deepseek_r1": SHOWN["deepseek_v3"]}
 
 @pytest.fixture(scope="module")
 def family():
-    """Makes the code under test and the oracle of a family, once."""
+    """Makes the code under test and the oracle of a family, each once."""
     made = {}
 
     def get(name: str) -> tuple[ChatFormat, Oracle]:
@@ -165,7 +166,7 @@ def family():
 def check_exact(
     chat_format: ChatFormat, oracle: Oracle, messages: list[dict], tools: list | None, shown: list[dict]
 ) -> None:
-    """Ids and labels are the oracle's of `shown`; the texts are compared first, for a readable failure."""
+    """Compares ids and labels with the oracle's of `shown`; compares texts first, so that a failure can be read."""
     ids, labels = oracle.encode(shown, tools)
     example = chat_format.encode(messages, tools)
     assert runs(oracle.tokenizer, example.input_ids, example.labels) == runs(oracle.tokenizer, ids, labels)
@@ -175,7 +176,7 @@ def check_exact(
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_oracle_shows_what_the_assistant_writes(name):
+def test_the_spans_of_the_oracle_are_what_the_assistant_writes(name):
     chat = [system("S"), user("A"), assistant("B"), user("C"), assistant("D", reasoning_content="T")]
     oracle = Oracle(name)
     text, spans = oracle.spans(chat)
@@ -205,7 +206,7 @@ def test_labels_are_exact_or_the_row_is_refused(family, name, row):
 
 
 def random_chat(rng: random.Random, tools: bool) -> list[dict]:
-    """A conversation of one to four questions with tricky texts, thinking and tool calls; no control tokens."""
+    """A conversation of one to four questions with tricky texts, thinking and tool calls, without control tokens."""
     texts = [*TEXTS, "A", "A", "assistant", "user\n", '{"name": "', "get_weather", "<think>", "<<SYS>> x", "3"]
     arguments = [{}, ROME, OSLO, {"city": ""}, {"n": 3}, {"a": {"b": [1, " x\n", None]}}, {"name": "city"}]
 
@@ -221,7 +222,7 @@ def random_chat(rng: random.Random, tools: bool) -> list[dict]:
             made = rng.choices(arguments, k=1 + (rng.random() < 0.3))
             chat += [turn(*made), *(result(rng.choice(texts), i) for i in range(len(made)))]
         chat.append(turn())
-    if len(chat) > 2 and rng.random() < 0.2:  # turns that don't alternate, results without a call
+    if len(chat) > 2 and rng.random() < 0.2:  # turns may then not alternate, and a result may lack its call
         del chat[rng.randrange(len(chat))]
     return chat
 

@@ -1,4 +1,4 @@
-"""Exactly which tokens are supervised: every assistant turn with its end-of-turn token, and nothing else."""
+"""Every assistant turn is supervised with its end-of-turn token, and nothing else is."""
 
 import json
 import re
@@ -6,10 +6,11 @@ import re
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
 
-from dft.chat.example import RowError, truncate
+from dft.chat.example import truncate
 from dft.chat.format import ChatFormat
+from dft.reading.rows import RowError
 from examples.make_example_data import WEATHER_TOOL
 from tests.helpers import CHATML_TEMPLATE, THINKING_TEMPLATE
 
@@ -67,7 +68,7 @@ def supervised(chat_format: ChatFormat, messages: list[dict], **more) -> list[st
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_every_assistant_turn_and_nothing_else(tokenizer, name):
+def test_every_assistant_turn_and_nothing_else_is_supervised(tokenizer, name):
     chat = [system("Be brief."), user("Hi"), assistant("Hello, you."), user("And now?"), assistant("再见！")]
     assert supervised(make_format(tokenizer, TEMPLATES[name]), chat) == (
         ["Hello, you." + END, "再见！" + END]
@@ -76,7 +77,7 @@ def test_every_assistant_turn_and_nothing_else(tokenizer, name):
     )
 
 
-def test_the_exact_tokens_of_a_turn(tokenizer):
+def test_labels_are_the_exact_tokens_of_a_turn(tokenizer):
     example = make_format(tokenizer, CHATML_TEMPLATE).encode([system("S"), user("Q"), assistant("A B")])
     text = "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\nA B<|im_end|>\n"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -92,7 +93,7 @@ def test_the_exact_tokens_of_a_turn(tokenizer):
     ["\n\nleading newlines", "trailing space ", "  ", "tabs\tand\r\nline ends", "👩‍👩‍👧 emoji", "é", "", "a" * 300],
 )
 def test_whitespace_and_unicode_survive(tokenizer, name, text):
-    """A leading newline that the tokenizer merges into the header's belongs to the header."""
+    """A newline that the tokenizer merges with the newline of the header belongs to the header."""
     turns = supervised(
         make_format(tokenizer, TEMPLATES[name]), [user("Q"), assistant(text), user("Q"), assistant("B")]
     )
@@ -159,7 +160,8 @@ def test_control_tokens_in_text_create_no_turn_and_no_token(tokenizer, name, pla
     assert example.has_control_text == shown
     written = json.dumps(spoof)[1:-1] if tools else spoof
     assert (written in tokenizer.decode(example.input_ids)) == shown
-    headers = len(re.findall("(?<!\ue0f0)<\\|im_start\\|>", chat_format.render(chat, tools)[0]))  # the template's own
+    # without a mark before it, a control token is the template's
+    headers = len(re.findall("(?<!\ue0f0)<\\|im_start\\|>", chat_format.render(chat, tools)[0]))
     assert np.count_nonzero(example.input_ids == start) == headers
     assert np.count_nonzero(example.input_ids == end) == headers
 
@@ -177,7 +179,7 @@ def test_control_tokens_in_keys_create_no_token(tokenizer, name):
     assert example.has_control_text
 
 
-def test_characters_that_are_used_inside_reject_the_row(tokenizer):
+def test_characters_that_serve_as_marks_reject_the_row(tokenizer):
     with pytest.raises(RowError) as caught:
         make_format(tokenizer, None).encode([user("a\ue0f0b"), assistant("A")])
     assert caught.value.reason == "private_use_character"
@@ -229,7 +231,7 @@ def test_a_tagged_turn_without_an_end_rejects_the_row(tokenizer):
 
 
 def test_a_template_without_control_tokens_is_exact_or_refused(tokenizer):
-    """A last answer gets EOS as its end; a turn in the middle has no end that could be learnt."""
+    """A last answer gets EOS as its end; a turn in the middle has no end that could be learned."""
     template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
     chat_format = make_format(tokenizer, template)
     assert supervised(chat_format, [user("Q"), assistant("A b")]) == [" A b\n" + tokenizer.eos_token]
@@ -247,8 +249,6 @@ def test_a_tokenizer_without_chatml_tokens_ends_turns_with_eos():
 
 
 def test_pad_equal_to_eos_keeps_the_end_of_turn_label(tokenizer):
-    from transformers import DataCollatorForSeq2Seq
-
     tokenizer.pad_token = tokenizer.eos_token
     chat_format = make_format(tokenizer, CHATML_TEMPLATE)
     rows = [chat_format.encode([user("Q"), assistant(text)]) for text in ("A", "A much longer answer")]
@@ -273,27 +273,27 @@ def test_truncation_never_teaches_a_stop(tokenizer):
     assert not truncate(example, 10_000).is_truncated
 
 
-def test_training_on_the_last_turn(tokenizer):
+def test_train_on_last_supervises_the_last_turn_alone(tokenizer):
     tokenizer.chat_template = CHATML_TEMPLATE
     chat = [user("Q"), assistant("A"), user("Q"), assistant("B")]
     assert supervised(ChatFormat(tokenizer, train_on="last"), chat) == ["B" + END]
 
 
-def test_weights_of_messages(tokenizer):
+def test_the_weight_of_a_message_becomes_the_loss_weight_of_its_tokens(tokenizer):
     chat_format = make_format(tokenizer, CHATML_TEMPLATE)
     chat = [user("Q"), assistant("A", weight=0.0), user("Q"), assistant("B", weight=0.5), user("Q"), assistant("C")]
     assert supervised(chat_format, chat) == ["B" + END, "C" + END]
     example = chat_format.encode(chat)
     trained = example.labels != -100
-    assert example.weights[trained].tolist() == [0.5, 0.5, 1.0, 1.0]
-    assert chat_format.encode(chat[:2] + chat[4:]).weights is None
+    assert example.loss_weights[trained].tolist() == [0.5, 0.5, 1.0, 1.0]
+    assert chat_format.encode(chat[:2] + chat[4:]).loss_weights is None
     with pytest.raises(RowError) as caught:
         chat_format.encode(chat[:2])
     assert caught.value.reason == "nothing_to_train_on"
 
 
 @pytest.mark.parametrize("name", ["built-in", "chatml"])
-def test_masking_thinking(tokenizer, name):
+def test_mask_thinking_leaves_thinking_blocks_unsupervised(tokenizer, name):
     tokenizer.chat_template = TEMPLATES[name]
     chat_format = ChatFormat(tokenizer, mask_thinking=True)
     block = "<think>\nhm\n</think>\n\n"
@@ -303,12 +303,12 @@ def test_masking_thinking(tokenizer, name):
     ]
 
 
-def test_truncating_the_beginning_and_dropping(tokenizer):
+def test_truncation_cuts_the_beginning_or_drops_the_row(tokenizer):
     example = make_format(tokenizer, CHATML_TEMPLATE).encode([user("Q"), assistant("one two three four", weight=2.0)])
     cut = truncate(example, 4, "left")
     assert cut.input_ids.tolist() == example.input_ids[-4:].tolist()
     assert cut.labels.tolist() == example.labels[-4:].tolist()
-    assert cut.weights.tolist() == example.weights[-4:].tolist()
+    assert cut.loss_weights.tolist() == example.loss_weights[-4:].tolist()
     with pytest.raises(RowError) as caught:
         truncate(example, 4, "drop")
     assert caught.value.reason == "too_long"

@@ -1,10 +1,11 @@
-"""Templates that make it hard to tell the assistant's turns: the labels are exact, or the row is refused."""
+"""Templates whose assistant turns are hard to locate: the labels are exact, or the row is rejected."""
 
 import pytest
 from tokenizers import AddedToken
 
-from dft.chat.example import RowError
+from dft.chat.format import ChatFormat
 from dft.errors import UserError
+from dft.reading.rows import RowError
 from tests.chat.test_masks import TAGGED_TEMPLATE, assistant, make_format, supervised, user
 from tests.helpers import CHATML_TEMPLATE
 
@@ -18,7 +19,7 @@ def calls(*cities: str) -> dict:
 
 @pytest.fixture
 def template(tokenizer):
-    """Makes the ChatFormat of a template whose control tokens are named beside it."""
+    """Makes the ChatFormat of a template and its control tokens."""
 
     def make(text: str, *special: str, eos: str | None = None):
         tokenizer.add_tokens(
@@ -36,14 +37,14 @@ TURNS = """\
 {%- if add_generation_prompt %}{{- '<|turn|>assistant\\n' }}{%- endif %}"""
 
 
-def test_a_turn_that_closes_with_two_tokens(template):
+def test_a_turn_that_closes_with_two_tokens_is_supervised_with_both(template):
     text = TURNS.replace("'<|end|>'", "'<|close|><|end|>'").replace("HEADER", "m.role + '\\n'")
     chat_format = template(text, "<|turn|>", "<|close|>", "<|end|>", eos="<|end|>")
     assert supervised(chat_format, CHAT) == ["A b<|close|><|end|>", "C<|close|><|end|>"]
 
 
-def test_a_header_that_ends_in_a_blank(template):
-    """The blank and the first word are one token, which is the assistant's."""
+def test_the_space_at_the_end_of_a_header_belongs_to_the_turn(template):
+    """The space and the first word of the turn are one token."""
     text = TURNS.replace("HEADER", "m.role + ': '").replace("assistant\\n", "assistant: ")
     assert supervised(template(text, "<|turn|>", "<|end|>"), CHAT) == [" A b<|end|>", " C<|end|>"]
 
@@ -59,7 +60,7 @@ def test_a_header_that_ends_in_a_blank(template):
 def test_a_header_other_than_the_generation_prompts_is_refused_or_no_part_of_the_turn(template, header):
     chat_format = template(TURNS.replace("HEADER", header), "<|turn|>", "<|end|>")
     chat = [user("Q"), assistant("A b", name="bob"), user("Q"), assistant("C", name="bob")]
-    if "old" in header:  # the header itself stands there; what follows it is the template's way to write a turn
+    if "old" in header:  # the header is the expected one; the words after it are a part of the turn
         assert supervised(chat_format, chat) == ["old answer: A b<|end|>", "C<|end|>"]
         return
     with pytest.raises(RowError) as caught:
@@ -84,7 +85,7 @@ def test_a_header_of_plain_text_that_the_tools_hold_too_is_refused(template):
         chat_format.encode(CHAT[:2], tools=[spoof])
 
 
-def test_generation_tags_around_a_call_that_closes_with_a_control_token(template):
+def test_a_tagged_turn_ends_after_a_call_that_closes_with_a_control_token(template):
     text = TAGGED_TEMPLATE.replace(
         "{{- message.content + '<|im_end|>\\n' }}{%- endgeneration %}",
         "{{- message.content }}{%- for call in message.tool_calls or [] %}{{- '<call>' + (call.function | tojson) + "
@@ -121,7 +122,7 @@ def test_what_a_template_leaves_out_refuses_the_row(template, text, chat, reason
 
 
 def test_a_tool_result_may_be_shown_as_json(template):
-    """In quotes, or parsed and written anew."""
+    """The template quotes it, or parses and writes it anew."""
     for filter in ("m.content | tojson", "m.content"):
         text = ONLY_TWO_ROLES.replace("('user', 'assistant')", "('user', 'assistant', 'tool')")
         text = text.replace("m.content +", f"({filter} if m.role == 'tool' else m.content) +")
@@ -148,9 +149,16 @@ def test_a_template_that_is_not_jinja_is_named(template):
         template("{% for m in messages %}\n{% endif %}")
 
 
-def test_thinking_without_an_end_takes_no_time(tokenizer):
+def test_a_template_that_recurses_forever_rejects_the_row(template):
+    chat_format = template("{% macro f(m) %}{{ f(m) }}{% endmacro %}{{ f(messages) }}")
+    with pytest.raises(RowError) as caught:
+        chat_format.encode([user("Q"), assistant("A")])
+    assert caught.value.reason == "template_error"
+
+
+def test_thinking_without_an_end_is_supervised(tokenizer):
+    """The text is long enough for a search that is quadratic to be noticed."""
     tokenizer.chat_template = CHATML_TEMPLATE
-    chat_format = make_format(tokenizer, CHATML_TEMPLATE)
-    chat_format.mask_thinking = True
     text = "<think>" * 20_000
+    chat_format = ChatFormat(tokenizer, mask_thinking=True)
     assert supervised(chat_format, [user("Q"), assistant(text)]) == [text + "<|im_end|>"]

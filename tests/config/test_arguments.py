@@ -1,11 +1,20 @@
 """Flags: what they mean, how they combine, and the one message that a mistake gets."""
 
+import json
 import os
 import pickle
+import sys
+from dataclasses import FrozenInstanceError
 
 import pytest
 
-from dft.config.command_line import build_parser, known_options, parse_args
+from dft.config.command_line import parse_args
+from dft.config.listing import CACHE, load_listing, make_listing
+from dft.config.loss import LossConfig
+from dft.config.metrics import MetricsConfig
+from dft.config.options import override
+from dft.config.parser import build_parser, known_options
+from dft.config.training import with_values
 from dft.errors import UserError
 from tests.helpers import run
 
@@ -141,7 +150,8 @@ WRONG = {
     "epochs 0": (["--num_train_epochs", "0"], "--num_train_epochs is 0"),
     "unknown metric": (["--metric_for_best_model", "eval_accuracy"], "it must be one of eval_acc"),
     "tracker": (["--report_to", "swanlabb"], "unknown tracker swanlabb; did you mean swanlab?"),
-    "strategy": (["--eval_strategy", "sometimes"], "sometimes"),
+    "strategy": (["--eval_strategy", "sometimes"], "--eval_strategy is sometimes; it must be one of no, steps, epoch"),
+    "python only": (["--parallelism_config", "{}"], "only given from Python"),
     "evaluation without data": (
         ["--validation_split_percentage", "0", "--eval_strategy", "steps"],
         "--eval_strategy steps needs evaluation data",
@@ -182,12 +192,70 @@ WRONG = {
 }
 
 
+# what only transformers, or this machine, can tell
+NEEDS_TORCH = ("fp16 on cpu", "split batches", "liger on cpu", "liger's loss")
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_mistakes(name):
     flags, message = WRONG[name]
     with pytest.raises(UserError) as caught:
         parse(*flags)
     assert message in str(caught.value)
+
+
+def test_mistakes_and_help_are_found_before_torch_is_imported():
+    quick = [flags for name, (flags, _) in WRONG.items() if name not in NEEDS_TORCH]
+    script = (
+        "import contextlib, io, sys\n"
+        "from dft.config.command_line import parse_args\n"
+        "from dft.errors import UserError\n"
+        f"for flags in {quick}:\n"
+        f"    with contextlib.suppress(UserError):\n"
+        f"        parse_args([*{NEEDED}, *flags])\n"
+        "        sys.exit(f'{flags} are taken')\n"
+        "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as text:\n"
+        "    parse_args(['--help'])\n"
+        "assert '--dft_alpha' in text.getvalue()\n"
+        "print(sorted({'torch', 'transformers', 'numpy', 'accelerate'} & set(sys.modules)))"
+    )
+    result = run([sys.executable, "-c", script])
+    assert (result.returncode, result.stdout) == (0, "[]\n")
+
+
+def test_the_cached_listing_of_flags_is_the_truth():
+    """After a change of the flags or of a pinned version: python -m dft.config.listing."""
+    assert json.loads(CACHE.read_text(encoding="utf-8")) == make_listing()
+
+
+def test_a_listing_of_other_versions_is_not_used(monkeypatch, tmp_path):
+    stale = make_listing() | {"made_from": {"torch": "1.0"}, "groups": {}}
+    (tmp_path / "flags.json").write_text(json.dumps(stale), encoding="utf-8")
+    monkeypatch.setattr("dft.config.listing.CACHE", tmp_path / "flags.json")
+    assert load_listing() == make_listing()
+    monkeypatch.setattr("dft.config.listing.CACHE", tmp_path / "missing.json")
+    assert load_listing() == make_listing()
+
+
+def test_settings_are_frozen_and_have_their_ranges_from_python_too():
+    for config, name in ((LossConfig(), "dft_alpha"), (MetricsConfig(), "log_entropy")):
+        with pytest.raises(FrozenInstanceError):
+            setattr(config, name, 0.5)
+    for wrong in ({"dft_alpha": 2.0}, {"loss_normalization": "row"}, {"fused_loss": "yes"}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            LossConfig(**wrong)
+
+
+def test_keywords_override_a_configuration():
+    keywords = {"dft_gamma": 2.0, "train_dataset": "rows"}
+    assert override(LossConfig(dft_alpha=0.3), keywords) == LossConfig(dft_alpha=0.3, dft_gamma=2.0)
+    assert keywords == {"train_dataset": "rows"}
+
+
+def test_parsed_arguments_are_copied_not_changed():
+    args = parse()[-1]
+    assert with_values(args, batching="packed").batching == "packed"
+    assert args.batching is None
 
 
 def test_missing_flags_are_named():
@@ -213,10 +281,11 @@ def test_a_broken_deepspeed_file_is_named(tmp_path):
 
 
 def test_help_is_grouped_and_complete():
-    text = build_parser().format_help()
+    listing = load_listing()
+    text = build_parser(listing).format_help()
     for group in ("model:", "data:", "DFT loss:", "logging:", "training:", "all other training flags"):
         assert f"\n{group}" in text
-    for option in known_options():
+    for option in known_options(listing):
         assert f"{option} " in text or f"{option}," in text or f"{option}\n" in text
 
 

@@ -9,6 +9,7 @@ import torch
 from data_utils import prepare_data
 from dft.batching.collators import FlatteningCollator, PaddingCollator, token_channels
 from dft.chat.format import ChatFormat
+from dft.config.data import DataConfig
 from dft.data.channels import MAX_CHANNELS, choose_channels, file_names
 from dft.errors import UserError
 from tests.helpers import rows, write_jsonl
@@ -75,9 +76,8 @@ def test_from_files_to_rows(tmp_path, tokenizer):
 
     def prepared(**settings):
         files = [str(tmp_path / name) for name in ("mixed.jsonl", "plain.jsonl")]
-        return prepare_data(
-            files, [files[1]], ChatFormat(tokenizer), cache_dir=tmp_path / "cache", progress=False, **settings
-        )
+        config = DataConfig(files, [files[1]], data_cache_dir=str(tmp_path / "cache"), **settings)
+        return prepare_data(config, ChatFormat(tokenizer), progress=False)
 
     data = prepared()
     assert data.channels == ["mixed", "plain", "web"]

@@ -18,13 +18,16 @@ import pytest
 import data_utils
 from data_utils import load_conversations, prepare_data, tokenize_dataset
 from dft.chat.format import ChatFormat
+from dft.config.data import DataConfig
+from dft.data import build
 from dft.data import cache as data_cache
 from dft.data.cache import cached
 from dft.data.page import write_page
 from dft.data.pipeline import reject_untrainable
 from dft.data.report import report_table, show_row
 from dft.errors import UserError
-from dft.reading.formats import Conversation, RejectedRow
+from dft.reading.rows import Conversation, RejectedRow
+from dft.reading.strict_json import MAX_NESTING
 from tests.helpers import CHATML_TEMPLATE, ROOT, run, write_jsonl
 
 
@@ -47,14 +50,14 @@ def prepare(chat_format, tmp_path):
             "max_length": 512,
             "validation_split_percentage": 0.0,
             "max_eval_samples": None,
-            "num_workers": 1,
-            "seed": 0,
-            "progress": False,
-            "cache_dir": tmp_path / "cache",
+            "preprocessing_num_workers": 1,
+            "data_cache_dir": str(tmp_path / "cache"),
         }
         paths = [str(p) for p in data_files]
         eval_paths = [str(p) for p in eval_data_files] if eval_data_files else None
-        return prepare_data(paths, eval_paths, chat_format, **{**defaults, **settings})
+        seed = settings.pop("seed", 0)
+        config = DataConfig(paths, eval_paths, **{**defaults, **settings})
+        return prepare_data(config, chat_format, seed=seed, progress=False)
 
     return call
 
@@ -141,13 +144,18 @@ def test_an_array_broken_in_the_middle_is_recorded(tmp_path, prepare):
     assert rejected_rows(data)[0]["row"] == rest
 
 
-def test_tool_calls_nested_too_deeply_are_rejected(tmp_path, prepare):
-    deep = chat()
-    deep["messages"][1]["tool_calls"] = [{"function": {"name": "f", "arguments": json.loads("[" * 700 + "]" * 700)}}]
-    path = write_jsonl(tmp_path / "a.jsonl", [chat(), deep])
+def test_tool_calls_nested_beyond_the_limit_are_rejected(tmp_path, prepare):
+    rows = [chat()]
+    for levels in (MAX_NESTING - 5, MAX_NESTING - 4):  # five levels are around the arguments of a call
+        rows.append(chat())
+        arguments = json.loads("[" * levels + "]" * levels)
+        rows[-1]["messages"][1]["tool_calls"] = [{"function": {"name": "f", "arguments": arguments}}]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
     data = prepare([path], data_validation="lenient")
-    assert len(data.train) == 1
-    assert "nested too deeply" in rejected_rows(data)[0]["detail"]
+    assert len(data.train) == 2
+    (rejected,) = rejected_rows(data)
+    assert (rejected["line"], rejected["reason"]) == (3, "malformed_row")
+    assert "nested too deeply" in rejected["detail"]
 
 
 def test_nothing_left_says_why(tmp_path, prepare):
@@ -267,15 +275,15 @@ def test_a_killed_worker_ends_the_run(tmp_path, chat_format, monkeypatch, prepar
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     monkeypatch.setattr(chat_format, "encode_batch", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(BrokenProcessPool):
-        prepare([path], num_workers=2)
+        prepare([path], preprocessing_num_workers=2)
     assert [p.name for p in (tmp_path / "cache").iterdir() if p.is_dir()] == []
 
 
 def test_workers_give_the_same_rows(tmp_path, prepare, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     files = [write_jsonl(tmp_path / f"{n}.jsonl", [chat(f"{n}{i}", f"no. {i}") for i in range(400)]) for n in "ab"]
-    alone = prepare(files, num_workers=1, cache_dir=tmp_path / "1").train
-    together = prepare(files, num_workers=2, cache_dir=tmp_path / "2").train
+    alone = prepare(files, preprocessing_num_workers=1, data_cache_dir=tmp_path / "1").train
+    together = prepare(files, preprocessing_num_workers=2, data_cache_dir=tmp_path / "2").train
     assert len(alone) == 800
     assert alone.to_dict() == together.to_dict()
 
@@ -315,13 +323,13 @@ def test_longer_rows(tmp_path, prepare, truncation, length):
 
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, prepare, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", [chat("one"), chat("two")])
-    select = data_utils.select
+    select = build.select
 
     def select_and_change(*args, **settings):
         path.write_text(json.dumps(chat("one")))
         return select(*args, **settings)
 
-    monkeypatch.setattr(data_utils, "select", select_and_change)
+    monkeypatch.setattr(build, "select", select_and_change)
     with pytest.raises(UserError, match="was changed while it was being read"):
         prepare([path])
 
@@ -353,10 +361,9 @@ def test_an_assistant_that_only_calls_tools_is_trainable():
 def test_data_is_prepared_once_and_again_when_anything_changes(tmp_path, prepare, chat_format, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", [chat("one"), chat("two")])
     built = []
-    build = data_utils._build
-    monkeypatch.setattr(data_utils, "_build", lambda *a, **k: built.append(1) or build(*a, **k))
+    monkeypatch.setattr(data_utils, "build", lambda *a, **k: built.append(1) or build.build(*a, **k))
     first = prepare([path])
-    assert prepare([path], num_workers=2).train.to_dict() == first.train.to_dict()
+    assert prepare([path], preprocessing_num_workers=2).train.to_dict() == first.train.to_dict()
     assert len(built) == 1
     prepare([path], max_length=100)
     prepare([path], overwrite_cache=True)
@@ -410,12 +417,9 @@ def test_the_key_covers_all_the_code_that_makes_the_data():
     script = "import sys, data_utils; print(*(m.__file__ for m in sys.modules.values() if getattr(m, '__file__', 0)))"
     loaded = {Path(name) for name in run([sys.executable, "-c", script]).stdout.split()}
     ours = {path.relative_to(ROOT) for path in loaded if path.is_relative_to(ROOT) and ".venv" not in path.parts}
-    others = {str(path) for path in ours if path.parent.name not in data_cache.ROOMS}
-    assert others == {
-        "data_utils.py",
-        "dist_logger.py",
-        *(f"dft/{name}.py" for name in ("__init__", "errors", "labels", "program")),
-    }
+    others = {path for path in ours if path.parent.name not in (*data_cache.ROOMS, "config")}
+    shared = ("__init__", "constants", "distributed", "errors")
+    assert {str(path) for path in others} == {"data_utils.py", *(f"dft/{name}.py" for name in shared)}
 
 
 def test_a_disk_that_is_full_is_said(tmp_path):
@@ -437,7 +441,7 @@ def test_a_cached_entry_can_be_read_while_it_is_made_anew(tmp_path, prepare):
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, prepare):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="--data_cache_dir .*file can't be written to"):
-        prepare([write_jsonl(tmp_path / "a.jsonl", [chat()])], cache_dir=tmp_path / "file")
+        prepare([write_jsonl(tmp_path / "a.jsonl", [chat()])], data_cache_dir=tmp_path / "file")
 
 
 # ---- what is shown ------------------------------------------------------------------------------

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
+from dft.config.data import DataConfig
 from dft.data.selection import Catalog, digests, hold_out, mix, select
 from dft.errors import UserError
-from dft.reading.files import DataFile
-from dft.reading.formats import Conversation
+from dft.reading.discovery import DataFile
+from dft.reading.rows import Conversation
 
 
 def catalog(num_rows: int = 400, num_files: int = 3, seed: int = 0, **file_settings) -> Catalog:
@@ -21,8 +22,9 @@ def catalog(num_rows: int = 400, num_files: int = 3, seed: int = 0, **file_setti
 
 
 def choose(rows: Catalog, train=(0, 1, 2), evaluation=(), **settings):
-    defaults = {"dedup": False, "drop_leaked": False, "validation_split_percentage": 0.0, "max_eval_samples": None}
-    return select(rows, train, evaluation, **{**defaults, "seed": 0, **settings})
+    seed = settings.pop("seed", 0)
+    config = DataConfig(["unused"], **{"validation_split_percentage": 0.0, "max_eval_samples": None, **settings})
+    return select(rows, train, evaluation, config, seed)
 
 
 @pytest.mark.parametrize("seed", range(5))

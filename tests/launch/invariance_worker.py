@@ -1,22 +1,23 @@
-"""Started by test_invariance.py on one or more processes: one optimizer step for each way to cut the batch.
+"""Started by test_invariance.py on one or two processes: runs all cases of an engine, or those that are named.
 
-    torchrun --nproc-per-node 2 tests/launch/invariance_worker.py OUT MODE 4x1 1x4 …
+    torchrun --nproc-per-node 2 tests/launch/invariance_worker.py OUT --engine zero3
+    torchrun --nproc-per-node 2 tests/launch/invariance_worker.py OUT --case "ddp, half a batch"
 
-MODE is ddp, static (DDP with a static graph), zero2, zero3, accelerate (its own ZeRO-3), mutant or evaluated
-(before it is trained). Behind a dash it may say what the head is: logits (the loss comes from these), untied,
-lora (an adapter on the head), frozen; or what the batches are: flat (padding-free), packed. With plain SGD the
-change of the weights is the gradient. For every cut BATCHxACCUMULATION rank 0 writes OUT/BATCHxACCUMULATION.pt:
-{"gradient": [P] float32, "train": log record, "eval": log record}.
+With plain SGD the change of the weights is the gradient. For every case rank 0 writes OUT/CASE.pt:
+{"gradient": [P] float32, "train": log record, "eval": log record}, or {"error": message} where it was refused.
 """
 
+import argparse
 import copy
-import sys
-from collections.abc import Callable
+import gc
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
+from accelerate.state import AcceleratorState
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import DataCollatorForSeq2Seq
+from transformers import DataCollatorForSeq2Seq, PreTrainedModel
 
 from dft.batching.collators import FlatteningCollator
 from dft.batching.packing import PackedRows, best_fit_decreasing
@@ -24,13 +25,16 @@ from dft.batching.sampler import token_lengths
 from dft.batching.varlen_attention import register
 from dft.config.training import DFTTrainingArguments
 from dft.loss.from_logits import count_terms
-from dft.program import program
+from dft.program import program, rank_and_world_size
 from dft_trainer import DFTTrainer
-from examples.make_example_data import dialogues_zh, facts_en
-from examples.make_tiny_model import make_model, make_tokenizer, strings
+from examples.make_tiny_model import make_model
+from tests.launch.cases import CASES, Case, Engine, Head
+from tests.launch.worker_data import VOCAB_SIZE, small_tokenizer, uneven_rows
 
-LEARNING_RATE = 64.0
+LEARNING_RATE = 64.0  # so that the weights change by much more than they are rounded
 GLOBAL_BATCH = 8
+PACKED_TOKENS = 96  # the 8 rows are 3 packed ones, so that the second process gets a filler
+CHUNK_MB = 20 * 4 * VOCAB_SIZE / 1e6  # 20 rows of logits
 DS_CONFIGS = {"zero2": "ds_config/zero2.json", "zero3": "ds_config/zero3.json"}
 
 
@@ -44,37 +48,14 @@ class MicroBatchMean(DFTTrainer):
         return super().compute_loss(model, inputs, return_outputs, count)
 
 
-class Rows(torch.utils.data.Dataset):
-    """Rows of very uneven lengths; one of them supervises nothing."""
-
-    def __init__(self, num_rows: int):
-        generator = torch.Generator().manual_seed(0)
-        self.rows = []
-        for i in range(num_rows):
-            length = 5 + 9 * (i % 8)
-            ids = torch.randint(300, (length,), generator=generator)
-            labels = ids.clone()
-            labels[: length if i == 3 else length // 3] = -100
-            self.rows.append({"input_ids": ids.tolist(), "labels": labels.tolist()})
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return self.rows[index]
-
-
-def make_model_with(head: str):
-    """The model, and its head of that kind."""
-    model = make_model(400, hidden_size=32, num_layers=2)
-    if head in ("flat", "packed"):
-        register()
-        model.set_attn_implementation("varlen")
-    if head in ("untied", "lora", "frozen"):
-        config = copy.deepcopy(model.config)
-        config.tie_word_embeddings = False
-        torch.manual_seed(1)
-        model = type(model)(config)
+def model_with(head: Head) -> PreTrainedModel:
+    model = make_model(VOCAB_SIZE, hidden_size=32, num_layers=2)
+    if head == "tied":
+        return model
+    config = copy.deepcopy(model.config)
+    config.tie_word_embeddings = False
+    torch.manual_seed(1)
+    model = type(model)(config)
     if head == "frozen":
         model.lm_head.requires_grad_(False)
     if head == "lora":
@@ -85,69 +66,92 @@ def make_model_with(head: str):
     return model
 
 
-def training_rows(head: str) -> tuple[torch.utils.data.Dataset, Callable]:
-    """The rows of the step, and what makes batches of them."""
-    rows, flatten = Rows(GLOBAL_BATCH), FlatteningCollator()
-    if head == "packed":
-        return PackedRows(rows, best_fit_decreasing(token_lengths(rows), 96)), flatten
-    tokenizer = make_tokenizer(strings(facts_en()[:20] + dialogues_zh()[:5]), vocab_size=400)
-    return rows, flatten if head == "flat" else DataCollatorForSeq2Seq(tokenizer)
-
-
-def one_step(mode: str, batch: int, accumulation: int, out: Path) -> None:
-    mode, _, head = mode.partition("-")
-    train_dataset, collator = training_rows(head)
-    args = DFTTrainingArguments(
-        output_dir=str(out / "trainer"),
-        per_device_train_batch_size=batch,
-        per_device_eval_batch_size=batch,
-        gradient_accumulation_steps=accumulation,
+def arguments(case: Case, output_dir: Path) -> DFTTrainingArguments:
+    return DFTTrainingArguments(
+        output_dir=str(output_dir),
+        per_device_train_batch_size=case.rows,
+        per_device_eval_batch_size=case.rows,
+        gradient_accumulation_steps=case.micro_batches,
         max_steps=1,
         max_grad_norm=0.0,
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
         optim="sgd",
-        deepspeed=DS_CONFIGS.get(mode),
-        ddp_static_graph=mode == "static",
+        deepspeed=DS_CONFIGS.get(case.engine),
+        ddp_static_graph=case.is_static_graph,
         logging_steps=1,
         eval_on_start=True,
         save_strategy="no",
         report_to=["none"],
         disable_tqdm=True,
-        activation_checkpointing=mode == "zero3",
+        activation_checkpointing=case.engine == "zero3",
         train_sampling_strategy="sequential",
     )
-    model = make_model_with(head)
-    before = torch.cat([p.detach().flatten() for p in model.parameters()])
-    names = [name for name, _ in model.named_parameters()]
-    more = {"fused_loss": "off"} if head == "logits" else {"fused_loss": "on", "loss_chunk_mb": 20 * 4 * 400 / 1e6}
-    cls = MicroBatchMean if mode == "mutant" else DFTTrainer
-    trainer = cls(
+
+
+def make_trainer(case: Case, model: PreTrainedModel, output_dir: Path) -> DFTTrainer:
+    train_dataset: Dataset | PackedRows = uneven_rows(GLOBAL_BATCH).remove_columns("channel")
+    collator = DataCollatorForSeq2Seq(small_tokenizer())
+    if case.batching != "padded":
+        register()
+        model.set_attn_implementation("varlen")
+        collator = FlatteningCollator()
+    if case.batching == "packed":
+        train_dataset = PackedRows(train_dataset, best_fit_decreasing(token_lengths(train_dataset), PACKED_TOKENS))
+    return (MicroBatchMean if case.is_normalized_alone else DFTTrainer)(
         model,
-        args,
+        arguments(case, output_dir),
         dft_alpha=0.7,
-        **more,
+        fused_loss="on" if case.is_fused else "off",
+        loss_chunk_mb=CHUNK_MB,
         train_dataset=train_dataset,
-        eval_dataset=Rows(11),
+        eval_dataset=uneven_rows(11, seed=1).remove_columns("channel"),
         data_collator=collator,
     )
-    if mode == "evaluated":
-        trainer.evaluate()
-    trainer.train()
+
+
+def one_step(case: Case, output_dir: Path) -> dict[str, Any]:
+    """What the case leaves on rank 0; on other ranks, nothing that counts."""
+    model = model_with(case.head)
+    before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+    names = [name for name, _ in model.named_parameters()]
+    trainer = make_trainer(case, model, output_dir)
+    try:
+        if case.is_evaluated_first:
+            trainer.evaluate()
+        trainer.train()
+    except RuntimeError as error:
+        if not case.is_evaluated_first:
+            raise
+        return {"error": str(error)}
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    if args.process_index == 0:
-        after = torch.cat([state[name].flatten().cpu() for name in names])
-        train, evaluation = (next(r for r in trainer.state.log_history if k in r) for k in ("ce_loss", "eval_loss"))
-        result = {"gradient": (before - after) / LEARNING_RATE, "train": train, "eval": evaluation}
-        torch.save(result, out / f"{batch}x{accumulation}.pt")
+    if trainer.args.process_index > 0:
+        return {}
+    after = torch.cat([state[name].flatten().cpu() for name in names])
+    train, evaluation = (next(r for r in trainer.state.log_history if k in r) for k in ("ce_loss", "eval_loss"))
+    return {"gradient": (before - after) / LEARNING_RATE, "train": train, "eval": evaluation}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    chosen = parser.add_mutually_exclusive_group(required=True)
+    chosen.add_argument("--engine", choices=get_args(Engine))
+    chosen.add_argument("--case", choices=CASES, nargs="+")
+    return parser.parse_args()
 
 
 def main() -> None:
-    out, mode = Path(sys.argv[1]), sys.argv[2]
-    out.mkdir(parents=True, exist_ok=True)
-    for cut in sys.argv[3:]:
-        batch, accumulation = map(int, cut.split("x"))
-        one_step(mode, batch, accumulation, out)
+    args = parse()
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, case in CASES.items():
+        if name in (args.case or ()) or case.engine == args.engine:
+            print(f"case: {name}", flush=True)
+            AcceleratorState._reset_state()  # the process group stays
+            gc.collect()
+            result = one_step(case, args.out / "trainer")
+            if rank_and_world_size()[0] == 0:
+                torch.save(result, args.out / f"{name}.pt")
 
 
 if __name__ == "__main__":

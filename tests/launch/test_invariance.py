@@ -1,36 +1,45 @@
 """The loss, its gradient and the evaluation don't depend on how the batch is cut into ranks and micro-batches."""
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
-from tests.helpers import run
+from tests.helpers import relative_error, run, run_on
+from tests.launch.cases import CASES, ENGINES, HEADS, Engine
 
 pytestmark = pytest.mark.launch
 
 
-def one_step(out, mode: str, processes: int, *cuts: str, expect: int = 0) -> tuple[dict[str, dict], str]:
-    """What invariance_worker.py finds for every cut, and its output."""
-    if mode == "accelerate":  # its own ZeRO-3 configuration, without --deepspeed
-        launcher = ["accelerate", "launch", "--config_file", "scripts/zero3.yaml", "--mixed_precision", "no"]
-    else:
-        launcher = ["torchrun", "--standalone", "--nproc-per-node", processes] if processes > 1 else ["python"]
-    result = run([*launcher, "tests/launch/invariance_worker.py", out, mode, *cuts])
-    assert (result.returncode != 0) == (expect != 0), result.stdout[-4000:]
-    return {cut: torch.load(out / f"{cut}.pt") for cut in cuts if not expect}, result.stdout
-
-
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    """One process, the whole batch at once."""
-    return one_step(tmp_path_factory.mktemp("one"), "ddp", 1, "8x1", "1x8")[0]
+def result_of(tmp_path_factory) -> Callable[[str], dict[str, Any]]:
+    """Gives the result of a case; all cases of its engine are run in one launch, when the first is asked for."""
+    directories: dict[Engine, Path] = {}
+
+    def result(name: str) -> dict[str, Any]:
+        engine = CASES[name].engine
+        if engine not in directories:
+            directories[engine] = tmp_path_factory.mktemp("cases")
+            run_engine(engine, directories[engine])
+        return torch.load(directories[engine] / f"{name}.pt")
+
+    return result
 
 
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm())
+def run_engine(engine: Engine, out: Path) -> None:
+    worker = ["tests/launch/invariance_worker.py", out, "--engine", engine]
+    if engine == "accelerate":  # its own ZeRO-3 configuration, without --deepspeed
+        settings = ["--config_file", "scripts/zero3.yaml", "--mixed_precision", "no", "--main_process_port", 0]
+        result = run(["accelerate", "launch", *settings, *worker])
+        assert result.returncode == 0, result.stdout[-4000:]
+    else:
+        run_on(1 if engine == "one process" else 2, *worker)
 
 
 def assert_same(result: dict, expected: dict) -> None:
-    error = relative(result["gradient"], expected["gradient"])
+    error = relative_error(result["gradient"], expected["gradient"])
     print(f"gradient {error:.1e}, loss {result['train']['loss'] / expected['train']['loss'] - 1:.1e}")
     assert error < 1e-5
     for kind, keys in {
@@ -41,57 +50,50 @@ def assert_same(result: dict, expected: dict) -> None:
             assert result[kind][key] == pytest.approx(expected[kind][key], rel=1e-5), key
 
 
-def test_accumulation(reference):
-    assert_same(reference["1x8"], reference["8x1"])
+@pytest.mark.parametrize("name", ["row by row", "whole batch from logits"])
+def test_micro_batches_and_logits_give_the_gradient_of_the_whole_batch(result_of, name):
+    assert_same(result_of(name), result_of("whole batch"))
 
 
-@pytest.mark.parametrize("cut", ["4x1", "1x4"])
-@pytest.mark.parametrize("mode", ["ddp", "zero2", "zero3", "accelerate"])
-def test_ranks_and_accumulation(reference, tmp_path, mode, cut):
-    results, _ = one_step(tmp_path, mode, 2, cut)
-    assert_same(results[cut], reference["8x1"])
+@pytest.mark.parametrize("cut", ["half a batch", "row by row"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_give_the_gradient_of_one(result_of, engine, cut):
+    assert_same(result_of(f"{engine}, {cut}"), result_of("whole batch"))
 
 
-def test_the_loss_from_logits_is_the_same(reference, tmp_path):
-    results, _ = one_step(tmp_path, "ddp-logits", 1, "8x1")
-    assert_same(reference["8x1"], results["8x1"])
+@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+@pytest.mark.parametrize("head", HEADS)
+def test_heads_of_other_kinds_have_the_gradient_of_one_process(result_of, head, engine):
+    assert_same(result_of(f"{engine}, {head} head"), result_of(f"whole batch, {head} head"))
 
 
-@pytest.mark.parametrize("head", ["untied", "lora", "frozen"])
-def test_heads_of_other_kinds(tmp_path, head):
-    alone, _ = one_step(tmp_path / "one", f"ddp-{head}", 1, "8x1")
-    for mode in ("ddp", "zero3"):
-        results, _ = one_step(tmp_path / mode, f"{mode}-{head}", 2, "1x4")
-        assert_same(results["1x4"], alone["8x1"])
+@pytest.mark.parametrize("name", ["ddp, padding-free", "zero2, padding-free", "zero3, packed"])
+def test_batches_without_padding_give_the_gradient_of_padded_ones(result_of, name):
+    """The 8 rows are 3 packed ones, so that one process has a filler, which supervises nothing."""
+    assert_same(result_of(name), result_of("whole batch"))
 
 
-@pytest.mark.parametrize(("mode", "cut"), [("ddp-flat", "2x2"), ("zero2-flat", "4x1"), ("zero3-packed", "2x1")])
-def test_batches_without_padding(reference, tmp_path, mode, cut):
-    """The 8 rows, which are 4 packed ones: none on one rank alone, and a filler where there are less."""
-    results, _ = one_step(tmp_path, mode, 2, cut)
-    assert_same(results[cut], reference["8x1"])
+def test_a_static_graph_of_ddp_gives_the_same_gradient(result_of):
+    """There DDP reduces gradients only if the backward pass goes through the model's outputs."""
+    assert_same(result_of("ddp, static graph"), result_of("whole batch"))
 
 
-def test_ddp_with_a_static_graph(reference, tmp_path):
-    """It reduces gradients only where a backward pass goes through the model's outputs."""
-    results, _ = one_step(tmp_path, "static", 2, "4x1")
-    assert_same(results["4x1"], reference["8x1"])
+@pytest.mark.parametrize("name", ["mutant, half a batch", "mutant, row by row"])
+def test_the_check_rejects_a_mean_per_micro_batch(result_of, name):
+    result, expected = result_of(name), result_of("whole batch")
+    assert relative_error(result["gradient"], expected["gradient"]) > 1e-3
+    with pytest.raises(AssertionError):
+        assert_same(result, expected)
 
 
-def test_fsdp():
-    result = run(["torchrun", "--standalone", "--nproc-per-node", 2, "tests/launch/fsdp_worker.py"])
-    assert result.returncode == 0, result.stdout[-3000:]
-    assert result.stdout.count("resharded") == 4  # two kinds, two ranks
-
-
-def test_the_check_rejects_a_mean_per_micro_batch(reference, tmp_path):
-    results, _ = one_step(tmp_path, "mutant", 2, "4x1", "1x4")
-    for result in results.values():
-        with pytest.raises(AssertionError):
-            assert_same(result, reference["8x1"])
-
-
-def test_training_without_averaged_gradients_is_refused(tmp_path):
+def test_training_without_averaged_gradients_is_refused(result_of):
     """Trainer.evaluate before Trainer.train leaves the model without DDP: each rank would train alone."""
-    _, output = one_step(tmp_path, "evaluated", 2, "4x1", expect=1)
-    assert "gradients would not be averaged" in output
+    assert "gradients would not be averaged" in result_of("evaluated first")["error"]
+
+
+def test_fsdp_gives_the_gradient_from_logits(tmp_path):
+    """Whether the weights are sharded again after the forward pass or not; batches of rank 0 alone are rejected."""
+    run_on(2, "tests/launch/fsdp_worker.py", tmp_path / "gradients.pt")
+    for gradients in torch.load(tmp_path / "gradients.pt").values():
+        assert relative_error(gradients["head"], gradients["logits"]) < 1e-5
+        assert relative_error(gradients["head of rank 0"], gradients["logits"]) > 1e-3

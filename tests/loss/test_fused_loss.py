@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dft.loss import fused as fused_loss
-from dft.loss.from_logits import TokenWeight, count_terms, dft_loss_sum, entropy_of, supervised_rows, token_scales
+from dft.loss.from_logits import count_terms, dft_loss_sum, entropy_of, loss_weight_of_tokens, supervised_rows
 from dft.loss.fused import (
     LogitTransform,
     _softmax_gradient,
@@ -16,6 +16,8 @@ from dft.loss.fused import (
     fused_dft_loss_sum,
     softmax_gradient_,
 )
+from dft.loss.token_weight import TokenWeight
+from tests.helpers import relative_error
 
 V, H = 53, 8
 
@@ -90,17 +92,20 @@ def chunked(hidden, head, bias, labels, weight, scales, transform, chunk_mb):
 
 
 def check(loss_sum, case: Case) -> None:
-    """Asserts that a loss and its gradients equal the reference to 1e-6 relative."""
+    """Asserts that a loss and its gradients equal the reference up to rounding.
+
+    On one processor, other orders of the same sums change the loss by up to 2e-7 relative, and the gradients by 4e-7.
+    """
     *inputs, labels, loss_weights = case.tensors()
     hidden, head, bias = (x.requires_grad_() for x in inputs)
-    scales = token_scales(labels, loss_weights, case.normalization)
+    scales = loss_weight_of_tokens(labels, loss_weights, case.normalization)
     chunk_mb = case.chunk_rows * 4 * V / 1e6
     loss, tokens = loss_sum(hidden, head, bias, labels, case.weight, scales, case.transform, chunk_mb)
     (loss / 7).backward()
     expected, gradients = reference(case)
     assert loss.item() == pytest.approx(expected, rel=1e-6)
     for x, gradient in zip((hidden, head, bias), gradients, strict=True):
-        assert (7 * x.grad.double() - gradient).norm() < 1e-6 * gradient.norm()
+        assert relative_error(7 * x.grad.double(), gradient) < 3e-6
     assert tokens.nll.shape == tokens.is_top1.shape == ((labels[:, 1:] != -100).sum(),)
 
 
@@ -165,8 +170,8 @@ def test_the_reference_rejects_mutants(mutant, name, monkeypatch):
         check(fused, CASES[name])
 
 
-def test_the_compiled_pass_equals_the_one_in_place():
-    """The one for GPUs, here compiled for the processor."""
+def test_passes_of_every_kind_give_the_softmax_gradient():
+    """The compiled one is for GPUs, and is compiled for the processor here."""
     z = 5 * torch.randn(4, 1000, generator=torch.Generator().manual_seed(0))
     z[1, 3] = 200.0  # all others underflow
     targets = torch.tensor([0, 4, 999, 5])
@@ -179,13 +184,14 @@ def test_the_compiled_pass_equals_the_one_in_place():
         "no gradient": softmax_gradient_(z.clone(), targets, torch.float32, False),
     }
     for name, (found, is_top1, gradient) in results.items():
-        torch.testing.assert_close(found.double(), nll, rtol=1e-6, atol=1e-6, msg=name)
+        torch.testing.assert_close(found.double(), nll, rtol=1e-5, atol=1e-5, msg=name)
         assert is_top1.tolist() == (z.argmax(-1) == targets).tolist()
         if name == "no gradient":
             assert gradient is None
         else:
-            rounding = 2**-8 if name == "16 bits" else 1e-6
-            torch.testing.assert_close(gradient.double(), expected, rtol=rounding, atol=1e-6, msg=name)
+            rounding = 2**-7 if name == "16 bits" else 1e-5
+            torch.testing.assert_close(gradient.double(), expected, rtol=rounding, atol=1e-5, msg=name)
+            assert relative_error(gradient.double(), expected.roll(1, dims=-1)) > 1e-1
 
 
 class LargestTensor(TorchDispatchMode):
@@ -224,7 +230,7 @@ def test_a_frozen_head_costs_no_gradient():
     with LargestTensor() as seen:
         loss, _ = fused_dft_loss_sum(hidden, head, labels, TokenWeight(), chunk_mb=4 * V / 1e6)
         loss.backward()
-    assert head.grad is None
+    assert torch.count_nonzero(hidden.grad) > 0
     assert seen.most < head.numel() + hidden.numel()  # no second head
 
 
@@ -233,9 +239,11 @@ def test_without_gradients_the_statistics_are_the_same():
     with_gradient, tokens = fused_dft_loss_sum(hidden.requires_grad_(), head, labels, TokenWeight(), bias=bias)
     with torch.no_grad():
         loss, same = fused_dft_loss_sum(hidden, head, labels, TokenWeight(), bias=bias)
-    torch.testing.assert_close(loss, with_gradient.detach())
-    torch.testing.assert_close(same.nll, tokens.nll)
+        other, _ = fused_dft_loss_sum(hidden.roll(1), head, labels, TokenWeight(), bias=bias)
+    torch.testing.assert_close(loss, with_gradient.detach(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(same.nll, tokens.nll, rtol=1e-5, atol=1e-5)
     assert same.is_top1.tolist() == tokens.is_top1.tolist()
+    assert relative_error(other, loss) > 1e-3
 
 
 @pytest.mark.parametrize("loss_sum", [fused, chunked])
@@ -274,16 +282,16 @@ def test_16_bits_err_by_the_rounding_of_their_results(autocast):
     torch.testing.assert_close(tokens.nll.double(), of_tokens.nll.double(), rtol=1e-5, atol=1e-5)
     for x, y in zip(inputs, exact, strict=True):
         assert x.grad.dtype == x.dtype
-        assert (x.grad.double() - y.grad).norm() < (1e-5 if autocast else 2**-8) * y.grad.norm()
+        assert relative_error(x.grad.double(), y.grad) < (1e-5 if autocast else 2**-8)
 
 
 def test_turns_are_counted_as_unbroken_runs():
     labels = torch.tensor([[7, 7, -100, 7, 7, 7], [-100, 7, 7, 7, 7, 7], [7, -100, -100, -100, -100, -100]])
     assert count_terms(labels, "turn") == 3
     assert count_terms(labels, "token") == 9
-    scales = token_scales(labels, None, "turn")
+    scales = loss_weight_of_tokens(labels, None, "turn")
     assert scales.tolist() == pytest.approx([1, *[1 / 3] * 3, *[1 / 5] * 5])
-    assert token_scales(labels) is None
+    assert loss_weight_of_tokens(labels) is None
 
 
 @pytest.mark.parametrize(
@@ -301,16 +309,21 @@ def test_weights_outside_their_range_are_refused(settings, message):
         TokenWeight(**settings)
 
 
+def entropies(logits: torch.Tensor) -> torch.Tensor:
+    log_p = torch.log_softmax(logits, dim=-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
 @pytest.mark.parametrize("has_gradient", [True, False])
 @pytest.mark.parametrize("loss_sum", [from_logits, fused, chunked])
-def test_entropy(loss_sum, has_gradient):
+def test_entropy_equals_float64_and_leaves_the_loss_as_it_is(loss_sum, has_gradient):
     """Of the logits after their transform, against float64; the loss stays what it is without it."""
     case = Case(transform=LogitTransform(0.5, softcap=3.0))
     hidden, head, bias, labels, _ = case.tensors()
     args = (labels, case.weight, None)
-    logits = case.transform(hidden.double() @ head.double().T + bias.double())
-    log_p = torch.log_softmax(supervised_rows(logits, labels)[0], dim=-1)
-    expected = -(log_p.exp() * log_p).sum(-1)
+    plain_logits = hidden.double() @ head.double().T + bias.double()
+    logits = case.transform(plain_logits)
+    expected, before_transform = (entropies(supervised_rows(z, labels)[0]) for z in (logits, plain_logits))
     own = {"transform": case.transform, "chunk_mb": 3 * 4 * V / 1e6, "with_entropy": True}
     module = Head(H, V)
     with torch.no_grad():
@@ -323,14 +336,15 @@ def test_entropy(loss_sum, has_gradient):
             loss, tokens = fused_dft_loss_sum(hidden.requires_grad_(), head, *args, bias=bias, **own)
         else:
             loss, tokens = chunked_dft_loss_sum(hidden, module, *args, vocab_size=V, **own)
-    torch.testing.assert_close(tokens.entropy.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(tokens.entropy.double(), expected, rtol=1e-5, atol=1e-5)
+    assert relative_error(tokens.entropy.double(), before_transform) > 1e-2
     assert not tokens.entropy.requires_grad
     plain, without = dft_loss_sum(logits.float(), *args)
     assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
     assert without.entropy is None
 
 
-def test_entropy_of_words_that_are_ruled_out():
+def test_words_that_are_ruled_out_add_no_entropy():
     """A model that masks words gives them logits of minus infinity: they add nothing."""
     logits = torch.tensor([[0.0, 0.0, -math.inf], [5.0, -math.inf, -math.inf]])
     assert entropy_of(logits).tolist() == pytest.approx([math.log(2), 0.0])

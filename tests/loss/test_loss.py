@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
-from dft.loss.from_logits import TokenWeight, count_terms, dft_loss_sum, shift_labels, token_scales, token_statistics
+from dft.loss.from_logits import count_terms, dft_loss_sum, loss_weight_of_tokens, shift_labels, token_statistics
+from dft.loss.token_weight import TokenWeight
+from tests.helpers import relative_error
 
 
 def random_case(seed: int = 0, batch: int = 3, length: int = 17, vocab: int = 29):
@@ -39,15 +41,17 @@ def reference(logits: torch.Tensor, labels: torch.Tensor, alpha: float) -> tuple
 
 
 def check_against_reference(loss_sum, alpha: float, seed: int = 0) -> None:
-    """Asserts that `loss_sum(logits, labels, alpha)` and its gradient equal the reference to 1e-6 relative."""
+    """Asserts that `loss_sum(logits, labels, alpha)` and its gradient equal the reference up to rounding.
+
+    On one processor, other orders of the same sums change the loss by up to 2e-7 relative, and the gradient by 5e-7.
+    """
     logits, labels = random_case(seed)
     logits.requires_grad_()
     loss = loss_sum(logits, labels, alpha)
     loss.backward()
     expected_loss, expected_gradient = reference(logits.detach(), labels, alpha)
     assert loss.item() == pytest.approx(expected_loss, rel=1e-6)
-    error = (logits.grad.double() - expected_gradient).norm() / expected_gradient.norm()
-    assert error < 1e-6
+    assert relative_error(logits.grad.double(), expected_gradient) < 3e-6
 
 
 def ours(logits, labels, alpha):
@@ -101,7 +105,10 @@ def test_alpha_0_equals_cross_entropy():
     loss.backward()
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
-    torch.testing.assert_close(ours_in.grad, theirs_in.grad, rtol=1e-5, atol=1e-6)
+    assert relative_error(ours_in.grad, theirs_in.grad) < 3e-6
+    almost = logits.clone().requires_grad_()
+    ours(almost, labels, 0.01).backward()
+    assert relative_error(almost.grad, theirs_in.grad) > 1e-3
 
 
 def test_gradient_at_p_one_tenth():
@@ -114,7 +121,7 @@ def test_gradient_at_p_one_tenth():
         assert x.grad[0, 0, 0].item() == pytest.approx(expected, abs=5e-5)
 
 
-def test_statistics_of_the_tokens():
+def test_statistics_of_the_tokens_equal_float64():
     logits, labels = random_case()
     tokens = statistics(logits.bfloat16(), labels)
     targets = labels[:, 1:]
@@ -128,7 +135,7 @@ def test_statistics_of_the_tokens():
 
 def weights_of_the_position_before(logits, labels, alpha, weights):
     """The mutant: the weight of the token that predicts, not of the token that is predicted."""
-    scales = token_scales(labels, torch.roll(weights, 1, dims=-1))
+    scales = loss_weight_of_tokens(labels, torch.roll(weights, 1, dims=-1))
     return dft_loss_sum(logits, labels, TokenWeight(alpha), scales)[0]
 
 
@@ -142,9 +149,8 @@ def test_loss_weights_multiply_the_loss_of_their_token(alpha):
             alone = torch.full_like(labels, -100)
             alone[b, t] = labels[b, t]
             expected += float(weights[b, t]) * reference(logits, alone, alpha)[0]
-    assert float(dft_loss_sum(logits, labels, TokenWeight(alpha), token_scales(labels, weights))[0]) == pytest.approx(
-        expected, rel=1e-6
-    )
+    found, _ = dft_loss_sum(logits, labels, TokenWeight(alpha), loss_weight_of_tokens(labels, weights))
+    assert float(found) == pytest.approx(expected, rel=1e-6)
     assert float(weights_of_the_position_before(logits, labels, alpha, weights)) != pytest.approx(expected, rel=1e-3)
 
 

@@ -1,4 +1,4 @@
-"""Finding and reading data files: every way to write the same rows, and the formats."""
+"""Data files are found and read: every way to write the same rows, and every format, gives the same conversations."""
 
 import gzip
 import json
@@ -10,8 +10,10 @@ import pyarrow.parquet
 import pytest
 
 from dft.errors import UserError
-from dft.reading.files import DataFile, find_data_files, read_rows
-from dft.reading.formats import Conversation, RejectedRow, detect_format, read_file
+from dft.reading.discovery import DataFile, find_data_files
+from dft.reading.formats import detect_format, read_file
+from dft.reading.raw_rows import read_rows
+from dft.reading.rows import Conversation, RejectedRow
 from tests.helpers import write_jsonl
 
 
@@ -23,6 +25,10 @@ def line(row) -> bytes:
     return json.dumps(row, ensure_ascii=False).encode()
 
 
+def gzipped(content: bytes) -> bytes:
+    return gzip.compress(content, mtime=0)  # else the bytes would change with the time of the test
+
+
 def zstandard(content: bytes) -> bytes:
     sink = pyarrow.BufferOutputStream()
     with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
@@ -31,9 +37,9 @@ def zstandard(content: bytes) -> bytes:
 
 
 def write(path: Path, content: bytes) -> Path:
-    """Writes what a file of this name holds: compressed by its suffix."""
-    pack = {".gz": gzip.compress, ".zst": zstandard}.get(path.suffix, bytes)
-    path.write_bytes(pack(content))
+    """Writes a file, compressed if its suffix says so."""
+    compress = {".gz": gzipped, ".zst": zstandard}.get(path.suffix, bytes)
+    path.write_bytes(compress(content))
     return path
 
 
@@ -42,7 +48,7 @@ def read(path: Path, *args) -> list[Conversation | RejectedRow]:
 
 
 def read_one(tmp_path, row, *args) -> Conversation:
-    """The conversation of a file of one row."""
+    """Writes one row to a file and reads its conversation."""
     (conversation,) = read(write_jsonl(tmp_path / "one.jsonl", [row]), *args)
     assert isinstance(conversation, Conversation), conversation.detail
     return conversation
@@ -55,8 +61,8 @@ def questions(rows: list) -> list[str]:
 # ---- ways to write the same rows ----------------------------------------------------------------
 
 ROW, OTHER, MARK = line(chat("one")), line(chat("two")), b"\xef\xbb\xbf"
-INDENTED = [json.dumps(chat(text), indent=2).encode() for text in ("one", "two")]  # of 12 lines each
-ACCEPTED = {  # and the lines of the two rows
+INDENTED = [json.dumps(chat(text), indent=2).encode() for text in ("one", "two")]  # each has 12 lines
+ACCEPTED = {  # name: the content of a file, and the lines that its two rows start on
     "lines": (ROW + b"\n" + OTHER + b"\n", [1, 2]),
     "no final newline": (ROW + b"\n" + OTHER, [1, 2]),
     "windows line ends": (ROW + b"\r\n" + OTHER + b"\r\n", [1, 2]),
@@ -77,7 +83,7 @@ ACCEPTED = {  # and the lines of the two rows
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".json.gz", ".jsonl.zst"])
 @pytest.mark.parametrize("name", ACCEPTED)
-def test_ways_to_write_the_same_rows(tmp_path, name, suffix):
+def test_every_way_to_write_rows_gives_the_same_conversations(tmp_path, name, suffix):
     content, lines = ACCEPTED[name]
     rows = read(write(tmp_path / f"data{suffix}", content))
     assert [row.messages for row in rows] == [chat("one")["messages"], chat("two")["messages"]]
@@ -85,8 +91,8 @@ def test_ways_to_write_the_same_rows(tmp_path, name, suffix):
     assert [json.loads(row.row) for row in rows] == [chat("one"), chat("two")]
 
 
-def test_parquet(tmp_path):
-    """The nulls that one schema for all rows makes are taken away; rows are read in several batches."""
+def test_parquet_rows_are_read_without_the_nulls_of_their_common_schema(tmp_path):
+    """The file has more rows than are read at once."""
     call = {"function": {"name": "f", "arguments": "{}"}}
     rows = [chat(str(i), id=i) for i in range(600)]
     rows[7]["messages"][1] = {"role": "assistant", "content": None, "tool_calls": [call]}
@@ -98,10 +104,10 @@ def test_parquet(tmp_path):
     assert json.loads(conversations[599].row) == rows[599]
 
 
-def test_compressed_files_of_several_parts(tmp_path):
-    """As `cat a.gz b.gz` makes them, and parallel compressors."""
-    for name, pack in (("a.jsonl.gz", gzip.compress), ("a.jsonl.zst", zstandard)):
-        (tmp_path / name).write_bytes(pack(ROW[:20]) + pack(ROW[20:] + b"\n") + pack(OTHER))
+def test_compressed_files_of_several_parts_are_read_whole(tmp_path):
+    """`cat a.gz b.gz` and parallel compressors write such files."""
+    for name, compress in (("a.jsonl.gz", gzipped), ("a.jsonl.zst", zstandard)):
+        (tmp_path / name).write_bytes(compress(ROW[:20]) + compress(ROW[20:] + b"\n") + compress(OTHER))
         assert questions(read(tmp_path / name)) == ["one", "two"]
 
 
@@ -169,7 +175,7 @@ def test_messages_tools_and_template_arguments_pass_through(tmp_path):
     assert (read_row.tools, read_row.template_kwargs) == ([TOOL], {"think": False})
 
 
-def test_weight_and_train(tmp_path):
+def test_weight_and_train_become_one_weight(tmp_path):
     given = [{}, {"weight": 0}, {"weight": 2}, {"train": False}, {"train": True}, {"train": True, "weight": 0.5}]
     row = {"messages": [{**ANSWER, **marks} for marks in given]}
     weights = [message.get("weight") for message in read_one(tmp_path, row).messages]
@@ -177,7 +183,7 @@ def test_weight_and_train(tmp_path):
     assert all(isinstance(weight, float) for weight in weights[1:])
 
 
-def test_sharegpt(tmp_path):
+def test_sharegpt_becomes_messages_with_tool_calls(tmp_path):
     turns = [
         ("human", "Q"),
         ("function_call", '{"name": "f", "arguments": {"x": 1}}'),
@@ -201,7 +207,7 @@ def test_sharegpt(tmp_path):
     assert conversation.tools == [TOOL]
 
 
-def test_other_ways_to_write_sharegpt(tmp_path):
+def test_sharegpt_may_have_messages_several_calls_and_any_usual_name(tmp_path):
     two_calls = {"from": "function_call", "value": [{"name": "f"}, {"name": "g"}]}
     trained = {"from": "gpt", "value": "A", "train": False}
     row = {"conversations": [USER, two_calls, trained], "system": "", "tools": ""}
@@ -215,7 +221,7 @@ def test_other_ways_to_write_sharegpt(tmp_path):
         assert read_one(tmp_path, {"conversations": [{"from": name, "value": "A"}]}).messages == [ANSWER]
 
 
-def test_alpaca(tmp_path):
+def test_alpaca_becomes_messages(tmp_path):
     row = {"instruction": "Add.", "input": "1 2", "output": "3", "system": "S", "history": [["Hi", "Hello"]]}
     pairs = [("system", "S"), ("user", "Hi"), ("assistant", "Hello"), ("user", "Add.\n1 2"), ("assistant", "3")]
     assert read_one(tmp_path, row).messages == [{"role": role, "content": text} for role, text in pairs]
@@ -224,7 +230,7 @@ def test_alpaca(tmp_path):
     assert read_one(tmp_path, {"instruction": "", "input": "Q", "output": "A"}).messages == [USER, ANSWER]
 
 
-def test_prompt_and_completion(tmp_path):
+def test_assistant_turns_of_a_prompt_get_the_weight_0(tmp_path):
     assert read_one(tmp_path, {"prompt": "Q", "completion": "A"}).messages == [USER, ANSWER]
     row = {"prompt": [USER, ANSWER, USER], "completion": [ANSWER, USER, ANSWER], "tools": [TOOL]}
     conversation = read_one(tmp_path, row)
@@ -232,7 +238,7 @@ def test_prompt_and_completion(tmp_path):
     assert conversation.tools == [TOOL]
 
 
-def test_the_format_is_told_by_the_first_rows(tmp_path):
+def test_the_format_is_detected_from_the_first_rows(tmp_path):
     rows = {
         "messages": chat(),
         "sharegpt": {"conversations": [USER]},
@@ -262,7 +268,7 @@ def test_the_format_and_roles_can_be_given(tmp_path):
 # ---- finding files ------------------------------------------------------------------------------
 
 
-def test_directories_and_globs(tmp_path):
+def test_directories_and_globs_name_each_data_file_once(tmp_path):
     names = ["a.json", "b.jsonl", "c.jsonl.gz", "d.json.zst", "deep/e.parquet"]
     for name in (*names, "x.txt", "y.csv.gz", "z.parquet.gz"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -275,7 +281,7 @@ def test_directories_and_globs(tmp_path):
     assert find_data_files([files[1].path, same_file, files[0].path], "data_files") == [files[1], files[0]]
 
 
-def test_samples_and_weights(tmp_path):
+def test_patterns_give_samples_and_weights(tmp_path):
     for name in ("a.jsonl", "b.jsonl", "odd#7"):
         (tmp_path / name).mkdir() if name == "odd#7" else (tmp_path / name).write_bytes(ROW)
     (tmp_path / "odd#7" / "c#12.jsonl").write_bytes(ROW)
@@ -305,7 +311,7 @@ def test_missing_files_are_all_named(tmp_path):
     assert "--eval_data_files" in str(caught.value)
 
 
-def test_a_file_that_cannot_be_opened(tmp_path):
+def test_a_file_that_cannot_be_opened_is_a_user_error(tmp_path):
     for path in (tmp_path / "gone.jsonl", tmp_path):
         with pytest.raises(UserError, match=f"{re.escape(str(path))} can't be read"):
             list(read_rows(str(path)))

@@ -1,8 +1,8 @@
-"""Reading random and randomly damaged files: nothing is lost, changed or reordered in silence.
+"""Random and randomly damaged files are read: nothing is lost, changed or reordered in silence.
 
-The normal run has 500 examples of each property, always the same. A long one has others each time:
+A normal run has 500 examples of each property, always the same. A long run has new ones each time:
 
-    EXAMPLES=20000 python -m pytest tests/test_reading_properties.py
+    EXAMPLES=20000 python -m pytest tests/reading/test_reading_properties.py
 """
 
 import itertools
@@ -20,9 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 
-from dft.reading import files as data_files
-from dft.reading.files import read_rows
-from dft.reading.formats import ROLES, Conversation, RejectedRow
+from dft.config.data import ROLES
+from dft.reading import raw_rows, text_window
+from dft.reading.raw_rows import read_rows
+from dft.reading.rows import Conversation, RejectedRow
 from tests.reading.test_reading import MARK, read, write
 
 set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")
@@ -42,13 +43,13 @@ TEXTS = ["\\u0041", "\\ud800", "\r\n", "null", "NaN", "[1]", '{"a": 1}', "},\n{"
 characters = st.characters(exclude_categories=["Cs"])  # all of Unicode but surrogates
 texts = st.text(ODD, max_size=8) | st.text(characters, max_size=12) | st.sampled_from(TEXTS)
 names = st.sampled_from([*TEXTS, *ODD, "", "id", "a b"])
-values = st.recursive(
+json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3),
     max_leaves=4,
 )
-objects = st.dictionaries(names | texts, values, max_size=3)
-extra_columns = st.dictionaries(names, values, max_size=3)
+objects = st.dictionaries(names | texts, json_values, max_size=3)
+extra_columns = st.dictionaries(names, json_values, max_size=3)
 tool_calls = st.lists(
     st.fixed_dictionaries({"function": st.fixed_dictionaries({"name": texts, "arguments": objects | texts})}),
     max_size=2,
@@ -68,36 +69,36 @@ rows = st.builds(lambda row, more: {**more, **row}, conversations, extra_columns
 class Style:
     """One way to write rows to a file."""
 
-    shape: str  # lines, array, or the same indented
+    shape: str  # lines, array, indented objects or indented array
     ascii: bool
     separators: tuple[str, str]
     newline: str
-    blank: str  # before, after and between rows
+    space: str  # white space before, after and between rows
     mark: bool
     last_newline: bool
     suffix: str
 
-    def rows(self, some: list[dict]) -> list[bytes]:
+    def texts(self, values: list[dict]) -> list[bytes]:
         """The text of each row."""
         indent = 1 if "indented" in self.shape else None
-        dumped = [json.dumps(r, ensure_ascii=self.ascii, separators=self.separators, indent=indent) for r in some]
+        dumped = [json.dumps(r, ensure_ascii=self.ascii, separators=self.separators, indent=indent) for r in values]
         return [text.replace("\n", self.newline).encode() for text in dumped]
 
     def between(self) -> tuple[bytes, bytes, bytes]:
-        """What stands before, between and after the rows."""
+        """The bytes before, between and after the rows."""
         first, last = ("[", "]") if "array" in self.shape else ("", "")
         comma = "," if "array" in self.shape else ""
         newline, end = self.newline, self.newline if self.last_newline else ""
-        parts = self.blank + first + self.blank, f"{comma}{newline}{self.blank}", self.blank + last + end
+        parts = self.space + first + self.space, f"{comma}{newline}{self.space}", self.space + last + end
         before, between, after = (part.encode() for part in parts)
         return MARK * self.mark + before, between, after
 
-    def content(self, some: list[dict]) -> bytes:
+    def content(self, values: list[dict]) -> bytes:
         before, between, after = self.between()
-        return before + between.join(self.rows(some)) + after
+        return before + between.join(self.texts(values)) + after
 
 
-CHOICES = (  # in the order of Style's fields
+CHOICES = (  # one list for each field of Style, in the same order
     ["lines", "array", "indented objects", "indented array"],
     [True, False],
     [(",", ":"), (", ", ": "), (" ,\t", " : ")],
@@ -111,7 +112,7 @@ styles = st.sampled_from([Style(*choice) for choice in itertools.product(*CHOICE
 
 
 def same(a, b) -> bool:
-    """Equal with the types of all numbers and the order of all keys."""
+    """Whether values are equal, with the types of all numbers and the order of all keys."""
     return json.dumps(a) == json.dumps(b)
 
 
@@ -120,30 +121,30 @@ def same(a, b) -> bool:
 
 @thorough
 @given(parts=st.lists(st.tuples(st.lists(rows, min_size=1, max_size=3), styles), min_size=1, max_size=3))
-def test_what_is_written_is_read(folder, parts):
-    """Rows in any of the styles, split over several files, come back identical, in order, with their lines."""
-    for i, (some, style) in enumerate(parts):
-        path = write(folder / f"{i}{style.suffix}", style.content(some))
+def test_rows_in_any_style_are_read_identical_in_order_and_with_their_lines(folder, parts):
+    for i, (values, style) in enumerate(parts):
+        path = write(folder / f"{i}{style.suffix}", style.content(values))
         found = read(path)
-        assert [type(row) for row in found] == [Conversation] * len(some)
-        for conversation, row, text in zip(found, some, style.rows(some), strict=True):
+        assert [type(row) for row in found] == [Conversation] * len(values)
+        for conversation, row, text in zip(found, values, style.texts(values), strict=True):
             assert same(conversation.messages, row["messages"])
             assert same(conversation.tools, row.get("tools") or None)
             assert same(conversation.template_kwargs, row.get("chat_template_kwargs") or None)
             assert conversation.row.strip() == text.decode().strip()
             assert same(json.loads(conversation.row), row)
-        assert [row.line for row in found] == lines_of_rows(style, some)
+        assert [row.line for row in found] == lines_of_rows(style, values)
 
 
-def lines_of_rows(style: Style, some: list[dict]) -> list[int]:
+def lines_of_rows(style: Style, values: list[dict]) -> list[int]:
     """The line that each row starts on."""
-    return [style.content(some)[:start].count(b"\n") + 1 for start in starts_of_rows(style, some)]
+    return [style.content(values)[:start].count(b"\n") + 1 for start in starts_of_rows(style, values)]
 
 
-def starts_of_rows(style: Style, some: list[dict]) -> list[int]:
+def starts_of_rows(style: Style, values: list[dict]) -> list[int]:
+    """The byte that each row starts at."""
     before, between, _ = style.between()
     starts, position = [], len(before)
-    for text in style.rows(some):
+    for text in style.texts(values):
         starts.append(position)
         position += len(text) + len(between)
     return starts
@@ -162,7 +163,7 @@ edits = st.lists(
 
 
 def damage(content: bytes, changes: list[tuple[str, float, bytes]]) -> tuple[bytes, int]:
-    """The content after some changes, and the first place that was touched."""
+    """The content after all changes, and the first place that was changed."""
     first = len(content)
     for what, where, data in changes:
         at = int(where * len(content))
@@ -179,7 +180,7 @@ def damage(content: bytes, changes: list[tuple[str, float, bytes]]) -> tuple[byt
 
 
 def strict(pairs: list[tuple]) -> dict:
-    """Refuses the repeated keys of the columns that are used."""
+    """An object for json.loads; fails if a column that is used stands in it twice."""
     keys = [key for key, _ in pairs]
     assert not any(keys.count(key) > 1 for key in ("messages", "role", "content", "tools"))
     return dict(pairs)
@@ -192,9 +193,9 @@ plain_rows = st.builds(
 
 
 @thorough
-@given(some=st.lists(plain_rows, min_size=1, max_size=5), style=styles, changes=edits)
-def test_damage_is_said_and_changes_no_other_row(folder, some, style, changes):
-    content, first_touched = damage(style.content(some), changes)
+@given(values=st.lists(plain_rows, min_size=1, max_size=5), style=styles, changes=edits)
+def test_damage_is_named_and_changes_no_other_row(folder, values, style, changes):
+    content, first_touched = damage(style.content(values), changes)
     path = folder / "damaged.json"
     path.write_bytes(content)
     found = read(path)
@@ -212,20 +213,20 @@ def test_damage_is_said_and_changes_no_other_row(folder, some, style, changes):
         assert same(row.messages, alone["messages"])
         assert {message["role"] for message in row.messages} <= set(ROLES)
         assert all(isinstance(message["content"], str) for message in row.messages)
-    untouched = [i for i, start in enumerate(starts_of_rows(style, some)[1:]) if start <= first_touched]
+    untouched = [i for i, start in enumerate(starts_of_rows(style, values)[1:]) if start <= first_touched]
     assert all(isinstance(row, Conversation) for row in found[: len(untouched)])
-    assert [row.messages for row in found[: len(untouched)]] == [some[i]["messages"] for i in untouched]
+    assert [row.messages for row in found[: len(untouched)]] == [values[i]["messages"] for i in untouched]
     if style.shape == "lines" and untouched:
-        good = style.rows(some)
+        good = style.texts(values)
         standing = [text.removeprefix(MARK * (i == 0)).strip(b" \t\r\n") for i, text in enumerate(lines)]
         kept = [row.row.strip(" \t\r\n").encode() for row in found if isinstance(row, Conversation)]
         assert [text for text in kept if text in good] == [text for text in standing if text in good]
 
 
 @thorough
-@given(some=st.lists(plain_rows, min_size=1, max_size=4), style=styles, changes=edits)
-def test_damage_to_a_compressed_file_raises_nothing(folder, some, style, changes):
-    whole = style.content(some)
+@given(values=st.lists(plain_rows, min_size=1, max_size=4), style=styles, changes=edits)
+def test_damage_to_a_compressed_file_raises_nothing(folder, values, style, changes):
+    whole = style.content(values)
     for suffix in (".jsonl.gz", ".jsonl.zst"):
         path = write(folder / f"packed{suffix}", whole)
         path.write_bytes(damage(path.read_bytes(), changes)[0])
@@ -234,25 +235,24 @@ def test_damage_to_a_compressed_file_raises_nothing(folder, some, style, changes
 
 
 @thorough
-@given(some=st.lists(plain_rows, min_size=1, max_size=5), batch=st.integers(1, 3))
-def test_parquet_is_read(folder, some, batch):
+@given(values=st.lists(plain_rows, min_size=1, max_size=5), batch=st.integers(1, 3))
+def test_parquet_rows_are_read_in_batches_of_any_size(folder, values, batch):
     path = folder / "a.parquet"
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(some), path, row_group_size=2)
-    with mock.patch.object(data_files, "PARQUET_ROWS", batch):
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(values), path, row_group_size=2)
+    with mock.patch.object(raw_rows, "PARQUET_ROWS", batch):
         found = read(path)
-    assert [(row.line, row.messages) for row in found] == [(i, row["messages"]) for i, row in enumerate(some, 1)]
+    assert [(row.line, row.messages) for row in found] == [(i, row["messages"]) for i, row in enumerate(values, 1)]
 
 
 @thorough
 @given(
-    some=st.lists(rows, min_size=1, max_size=3), style=styles, changes=st.just([]) | edits, chunk=st.integers(1, 64)
+    values=st.lists(rows, min_size=1, max_size=3), style=styles, changes=st.just([]) | edits, chunk=st.integers(1, 64)
 )
-def test_windows_of_any_size_give_the_same(folder, some, style, changes, chunk):
-    """Rows, lines and errors don't depend on where the reads of a file end."""
+def test_rows_and_errors_do_not_depend_on_the_size_of_the_window(folder, values, style, changes, chunk):
     path = folder / "window.json"
-    path.write_bytes(damage(style.content(some), changes)[0])
+    path.write_bytes(damage(style.content(values), changes)[0])
     in_one = list(read_rows(str(path)))
-    with mock.patch.object(data_files, "CHUNK", chunk):
+    with mock.patch.object(text_window, "CHUNK_BYTES", chunk):
         in_pieces = list(read_rows(str(path)))
     assert [(r.line, r.reason, r.detail) for r in in_pieces] == [(r.line, r.reason, r.detail) for r in in_one]
     assert [r.text for r in in_pieces if r.reason is None] == [r.text for r in in_one if r.reason is None]

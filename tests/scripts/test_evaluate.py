@@ -18,17 +18,9 @@ def test_the_numbers_are_those_of_the_training(train, chat_file, tmp_path, capsy
     rows = [json.loads(text) for text in chat_file.read_text().splitlines()]
     files = [write_jsonl(tmp_path / f"{name}.jsonl", some) for name, some in (("a", rows[:9]), ("b", rows[9:15]))]
     flags = ("--eval_data_files", *files, "--max_length", 48, "--train_on", "last", "--dft_alpha", 0.6)
-    flags += (
-        "--dft_floor",
-        0.1,
-        "--loss_normalization",
-        "turn",
-        "--dft_special_tokens",
-        "ce",
-        "--learning_rate",
-        0.01,
-    )
-    train(*flags, "--save_steps", 1, "--eval_steps", 1, "--channels", "file", NPROC="1")
+    flags += ("--dft_floor", 0.1, "--loss_normalization", "turn", "--dft_special_tokens", "ce")
+    flags += ("--learning_rate", 0.01, "--save_steps", 1, "--eval_steps", 1, "--channels", "file")
+    train(*flags, NPROC="1")
     out = tmp_path / "out"
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]
     for model, step in ((out, 2), (out / "checkpoint-1", 1)):
@@ -40,7 +32,7 @@ def test_the_numbers_are_those_of_the_training(train, chat_file, tmp_path, capsy
             found
         )
         for key, value in found.items():
-            assert value == pytest.approx(expected[f"eval_{key}"], rel=1e-6), key
+            assert value == pytest.approx(expected[f"eval_{key}"], rel=1e-5), key
     assert found["ce_loss"] != pytest.approx(json.loads((tmp_path / "scores2.json").read_text())["ce_loss"], rel=1e-4)
     header, everything, a, b, counts = capsys.readouterr().out.splitlines()[-5:]
     assert header.split() == ["CE", "perplexity", "p_correct", "accuracy"]
@@ -72,7 +64,7 @@ def test_a_model_from_elsewhere_has_no_settings(tiny_model, chat_file, tmp_path,
         (["--output", "/proc/x/y.json"], "--output /proc/x/y.json can't be written"),
     ],
 )
-def test_mistakes(tiny_model, chat_file, flags, message):
+def test_mistakes_are_the_users(tiny_model, chat_file, flags, message):
     with pytest.raises(UserError, match=message):
         evaluate.main([str(tiny_model), "--data_files", str(chat_file), *flags])
 
@@ -104,7 +96,7 @@ def test_a_model_without_a_tokenizer_is_refused(tiny_model, chat_file, tmp_path)
         evaluate.main([str(tmp_path / "model"), "--data_files", str(chat_file)])
 
 
-def test_a_directory_that_is_no_model(tmp_path, chat_file, tiny_model):
+def test_a_directory_that_is_no_model_is_refused(tmp_path, chat_file, tiny_model):
     with pytest.raises(UserError, match="is not a model directory"):
         evaluate.main([str(tmp_path), "--data_files", str(chat_file)])
     shutil.copytree(tiny_model, tmp_path / "broken")

@@ -3,14 +3,16 @@
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 
 import pytest
 import yaml
 from transformers import TrainerState, TrainingArguments
 
-from dft.config.arguments import DataArguments, DFTArguments, ModelArguments
+from dft.config.data import DataConfig
+from dft.config.loss import LossConfig
+from dft.config.model import ModelConfig
 from dft.errors import UserError
 from dft.tracking.model_card import MARK, model_card, write_card
 from dft.tracking.run_info import about_run, read_run, write_run
@@ -40,12 +42,12 @@ def args(tmp_path):
 
 def facts(args, base="Qwen/Qwen3-8B", data=None, **dft):
     settings = {
-        "model": ModelArguments(base),
-        "data": DataArguments(["some"], **(data or {})),
-        "dft": DFTArguments(**dft),
+        "model": ModelConfig(base),
+        "data": DataConfig(["some"], **(data or {})),
+        "dft": LossConfig(**dft),
     }
     num_rows = {"training": 950, "evaluation": 50}
-    return about_run({name: vars(some) for name, some in settings.items()}, args, REPORT, num_rows)
+    return about_run({name: asdict(group) for name, group in settings.items()}, args, REPORT, num_rows)
 
 
 def test_what_is_recorded_of_a_run(monkeypatch, args, tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,14 +17,9 @@ from wandb.errors import UsageError
 from dft.errors import UserError
 from dft.tracking.console import print_lines, record_line, summary
 from dft.tracking.curves import Curves
-from dft.tracking.trackers import (
-    PROJECT_NAMES,
-    GuardedTracker,
-    TrackerIds,
-    check_trackers,
-    guard_trackers,
-    start_tensorboard,
-)
+from dft.tracking.tracker_checks import PROJECT_NAMES, check_trackers
+from dft.tracking.tracker_guard import GuardedTracker, guard_trackers
+from dft.tracking.tracker_start import TrackerIds, start_tensorboard
 from dft.tracking.train_log import TrainLog
 
 
@@ -141,7 +137,7 @@ def test_modes_that_need_no_server_are_left_alone(trackers, caplog, monkeypatch)
 
 def test_a_tracker_without_its_package_is_dropped(trackers, caplog, monkeypatch):
     monkeypatch.setenv("SWANLAB_MODE", "local")
-    monkeypatch.setattr("dft.tracking.trackers.find_spec", lambda name: None)
+    monkeypatch.setattr("dft.tracking.tracker_checks.find_spec", lambda name: None)
     assert list(trackers("swanlab", "tensorboard", "comet_ml")) == ["tensorboard"]
     assert "pip install 'swanlab[dashboard]'" in caplog.text
     assert "--report_to comet_ml: it can't start" in caplog.text
@@ -220,14 +216,16 @@ def test_curves_are_drawn_at_every_save(make_trainer, tmp_path):
 
     class Watch(TrainerCallback):
         def on_save(self, args, state, control, **kwargs):
-            drawn.append(curves.path.stat().st_size)
+            drawn.append(curves.path.read_bytes())
             curves.path.unlink()
 
     trainer.add_callback(curves)
     trainer.add_callback(Watch())
     trainer.train()
     assert len(drawn) == 2
-    assert min(drawn) > 10_000
+    for picture in drawn:
+        assert picture.startswith(b"\x89PNG")
+        assert b"IEND" in picture[-12:]  # the last chunk: the picture is whole
 
 
 def test_the_log_of_a_resumed_run_begins_with_what_its_checkpoint_knows(tmp_path):
@@ -247,20 +245,20 @@ def test_the_log_of_a_resumed_run_begins_with_what_its_checkpoint_knows(tmp_path
 
 def test_broken_names_begin_a_new_run(tmp_path, caplog):
     (tmp_path / "tracker_ids.json").write_text('{"wandb')
-    assert TrackerIds(tmp_path, steps_done=3).to_go_on("wandb") == {}
+    assert TrackerIds(tmp_path, steps_done=3).resume_arguments("wandb") == {}
     assert "the trackers begin a new run" in caplog.text
 
 
 def test_a_resumed_run_goes_on_in_its_trackers(tmp_path):
     first = TrackerIds(tmp_path)
-    assert first.to_go_on("wandb") == {}
-    first.keep("wandb", "abc")
-    first.keep("swanlab", "def")
+    assert first.resume_arguments("wandb") == {}
+    first.save("wandb", "abc")
+    first.save("swanlab", "def")
     resumed = TrackerIds(tmp_path, steps_done=3)
-    assert resumed.to_go_on("wandb") == {"id": "abc", "resume": "allow"}
-    assert resumed.to_go_on("tensorboard") == {}
+    assert resumed.resume_arguments("wandb") == {"id": "abc", "resume": "allow"}
+    assert resumed.resume_arguments("tensorboard") == {}
     anew = TrackerIds(tmp_path)
-    assert anew.to_go_on("swanlab") == {}
+    assert anew.resume_arguments("swanlab") == {}
 
 
 def test_the_last_step_is_recorded(make_trainer):
@@ -283,7 +281,8 @@ def test_a_run_ends_with_a_summary(make_trainer):
     speed = result.metrics["train_tokens_per_second"]
     assert speed > 3 * tokens / result.metrics["train_runtime"]  # without the evaluations
     text = summary(trainer)
-    assert text.startswith(f"Done: 3 steps in 0:00:0{round(result.metrics['train_runtime'])}, {3 * tokens:,} tokens, ")
+    duration = timedelta(seconds=round(result.metrics["train_runtime"]))
+    assert text.startswith(f"Done: 3 steps in {duration}, {3 * tokens:,} tokens, ")
     for key in ("ce_loss", "train/avg_p_correct", "eval_ce_loss", "eval_acc"):
         first, *_, last = [r[key] for r in trainer.state.log_history if key in r]
         assert f" {first:.4f} at step 1 -> {last:.4f} at step 3" in text
@@ -293,11 +292,11 @@ def test_a_run_ends_with_a_summary(make_trainer):
     trainer.state.best_model_checkpoint, trainer.state.best_global_step, trainer.state.best_metric = "c", 2, 0.5
     assert f"  {trainer.args.output_dir} (weights of step 2)\n" in summary(trainer)
     trainer.state.log_history[-1]["train_steps"] = 2
-    assert summary(trainer).startswith("Done: 3 steps, 2 of them since the run was resumed, in 0:00:0")
+    assert summary(trainer).startswith(f"Done: 3 steps, 2 of them since the run was resumed, in {duration}, ")
 
 
 def test_the_speed_is_that_of_training_alone(make_trainer):
-    """Drawing the curves, say, takes its time and not the training's."""
+    """Drawing the curves, say, takes its time and not the training's. The time slept is a lower bound."""
 
     class Slow(TrainerCallback):
         def on_save(self, args, state, control, **kwargs):

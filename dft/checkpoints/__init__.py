@@ -1,0 +1,1 @@
+"""Checkpoints: which one a run is resumed from."""

@@ -1,0 +1,84 @@
+"""Settings of the DFT loss."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dft.config.options import option
+from dft.errors import UserError
+
+Normalization = Literal["token", "turn"]
+FusedLoss = Literal["auto", "on", "off"]
+
+# MB of float32 logits that the fused loss holds at once. cpu: measured by benchmarks/loss_head.py, larger chunks save
+# little time. cuda: not measured yet; some 1,700 rows of a vocabulary of 150,000 should be enough for the matrix
+# products to outweigh the additions into the gradient of the head.
+CHUNK_MB = {"cpu": 48.0, "cuda": 1024.0}
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The weight of a token's cross-entropy, what the sum is divided by, and where it is computed.
+
+    Raises:
+        UserError: a value outside its range.
+    """
+
+    _argument_group_name = "DFT loss"
+
+    dft_alpha: float = option(
+        "Weight of a token: max(floor, alpha * p_correct**gamma + 1 - alpha). 0 is plain SFT, 1 is pure DFT.", 1.0
+    )
+    use_simple_dft: bool = option("False switches DFT off: plain cross-entropy, as --dft_alpha 0.", True)
+    dft_gamma: float = option("Power of p_correct in the weight, above 0.", 1.0)
+    dft_floor: float = option("The least weight of a token, from 0 to 1.", 0.0)
+    dft_alpha_warmup_ratio: float = option(
+        "Share of the steps, from 0 to 1, in which alpha rises linearly from 0 (SFT) to --dft_alpha.", 0.0
+    )
+    dft_special_tokens: Literal["dft", "ce"] = option(
+        "ce: plain cross-entropy for end-of-turn and other special tokens, so that a base model learns to stop; dft: "
+        "they are weighted as all others.",
+        "dft",
+    )
+    loss_normalization: Normalization = option(
+        "token: the mean over the supervised tokens of the global batch. turn: the mean over its assistant turns, "
+        "each the mean over its tokens.",
+        "token",
+    )
+    fused_loss: FusedLoss = option(
+        "Compute the loss inside the model's head, without holding logits. auto: where the head is one that is known; "
+        "on: stop where it isn't; off: from the model's logits.",
+        "auto",
+    )
+    loss_chunk_mb: float | None = option(
+        "MB of logits that the fused loss holds at once; by default "
+        f"{CHUNK_MB['cpu']:g}, and {CHUNK_MB['cuda']:g} on GPUs."
+    )
+
+    def __post_init__(self):
+        check_weight(self.dft_alpha, self.dft_gamma, self.dft_floor)
+        if not 0 <= self.dft_alpha_warmup_ratio <= 1:
+            raise UserError(f"--dft_alpha_warmup_ratio is {self.dft_alpha_warmup_ratio}; it must be between 0 and 1")
+        if self.loss_chunk_mb is not None and not 0 < self.loss_chunk_mb < float("inf"):
+            raise UserError(f"--loss_chunk_mb is {self.loss_chunk_mb}; it must be above 0")
+        for name, values in (("loss_normalization", ("token", "turn")), ("fused_loss", ("auto", "on", "off"))):
+            if getattr(self, name) not in values:
+                raise UserError(f"--{name} is {getattr(self, name)!r}; it must be one of {', '.join(values)}")
+
+    @property
+    def alpha(self) -> float:
+        """The alpha in force after its warm-up."""
+        return self.dft_alpha if self.use_simple_dft else 0.0
+
+
+def check_weight(alpha: float, gamma: float, floor: float) -> None:
+    """The ranges of the weight max(floor, alpha * p**gamma + 1 - alpha).
+
+    Raises:
+        UserError: a value outside its range.
+    """
+    if not 0 <= alpha <= 1:
+        raise UserError(f"--dft_alpha is {alpha}; it must be between 0 (SFT) and 1 (pure DFT)")
+    if not 0 < gamma < float("inf"):
+        raise UserError(f"--dft_gamma is {gamma}; it must be above 0")
+    if not 0 <= floor <= 1:
+        raise UserError(f"--dft_floor is {floor}; it must be between 0 and 1")

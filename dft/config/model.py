@@ -1,0 +1,32 @@
+"""Settings of the model: where it comes from, its type and its attention."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dft.config.options import option, required
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model is trained, and how it is loaded."""
+
+    _argument_group_name = "model"
+
+    model_name_or_path: str = required("Model directory, or a name on the model hub.")
+    model_revision: str = option("Branch, tag or commit of a model from the hub.", "main")
+    torch_dtype: Literal["bfloat16", "float16", "float32", "auto"] = option(
+        "Type the weights are loaded in; auto keeps that of the files.", "bfloat16", ("--dtype",)
+    )
+    attn_implementation: str = option(
+        "auto, flash_attention_2, varlen, sdpa, eager, or another name that transformers knows. auto is "
+        "flash_attention_2 where it can run, else varlen (the same kernels, from PyTorch) where the model can use it, "
+        "else sdpa.",
+        "auto",
+    )
+    attn_strict: bool = option("Stop, instead of falling back, where flash_attention_2 can't run.", False)
+    trust_remote_code: bool = option("Run Python code that comes with the model. Only for sources you trust.", False)
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """The keyword arguments of every from_pretrained that say where the model comes from."""
+        return {"revision": self.model_revision, "trust_remote_code": self.trust_remote_code}

@@ -1,0 +1,147 @@
+"""Ranges and contradictions of the training flags, checked before transformers is imported."""
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from dft.config.data import DataConfig
+from dft.config.options import did_you_mean
+from dft.constants import PADDED_TO
+from dft.errors import UserError
+
+EVALUATION_METRICS = ("acc", "ce_loss", "perplexity", "avg_p_correct", "loss")
+DEFAULT_ROWS = 8  # of a micro-batch, on each device
+
+
+def check_training(args: Any, trackers: Collection[str], compile_backends: Collection[str]) -> None:
+    """Checks the values of training.DFTTrainingArguments, as they stand on the command line.
+
+    Args:
+        args: an object with its fields.
+        trackers: names that --report_to may hold.
+        compile_backends: names that --torch_compile_backend may hold, in lower case.
+
+    Raises:
+        UserError: the first problem found.
+    """
+    _check_trackers(args, trackers)
+    _check_loss(args)
+    _check_batches(args)
+    _check_ranges(args)
+    backend = args.torch_compile_backend
+    if backend is not None and backend.lower() not in compile_backends:
+        raise UserError(f"--torch_compile_backend is {backend}; it must be one of {', '.join(compile_backends)}")
+    _check_checkpoints(args)
+    _check_deepspeed_file(args)
+
+
+def tracker_names(report_to: list[str] | None) -> list[str]:
+    """The names in --report_to, which may be separated by spaces or commas; ["all"], or ["none"] by default."""
+    names = [name for item in report_to or ["none"] for name in item.split(",") if name]
+    return names if names in (["all"], ["none"]) else [name for name in names if name != "none"]
+
+
+def rows_of_batch(args: Any) -> int:
+    """Rows of a micro-batch on each device; 1 where it is counted in tokens or in packed rows."""
+    if args.per_device_train_batch_size is not None:
+        return args.per_device_train_batch_size
+    return 1 if args.max_tokens_per_batch is not None or args.batching == "packed" else DEFAULT_ROWS
+
+
+def check_row_fits(args: Any, data: DataConfig) -> None:
+    """Raises UserError where the longest row wouldn't fit into a micro-batch that is counted in tokens."""
+    room, longest = args.max_tokens_per_batch, data.max_length
+    if args.batching not in ("padding_free", "packed"):
+        longest = -(-longest // PADDED_TO) * PADDED_TO
+    if room is not None and room < longest:
+        raise UserError(
+            f"--max_tokens_per_batch is {room}, but a row may have {longest} tokens: raise it, or lower --max_length"
+        )
+
+
+def _check_trackers(args: Any, trackers: Collection[str]) -> None:
+    names = tracker_names(args.report_to)
+    for name in [] if names in (["all"], ["none"]) else names:
+        if name not in trackers:
+            hint = did_you_mean(name, trackers) or f"; known: {', '.join(trackers)}"
+            raise UserError(f"--report_to: unknown tracker {name}{hint}")
+
+
+def _check_loss(args: Any) -> None:
+    """Refuses what would change the loss, or how it is divided."""
+    if args.warmup_ratio is not None:
+        if not 0 <= args.warmup_ratio < 1:
+            raise UserError(f"--warmup_ratio is {args.warmup_ratio}; it must be at least 0 and below 1")
+        if args.warmup_steps not in (0, args.warmup_ratio):
+            raise UserError(f"--warmup_ratio {args.warmup_ratio} and --warmup_steps {args.warmup_steps}: give one")
+    if not args.save_safetensors:
+        raise UserError("--save_safetensors False: only safetensors is written; drop the flag")
+    if not args.average_tokens_across_devices:
+        raise UserError(
+            "--average_tokens_across_devices False: the loss is always normalized over the global batch; drop it"
+        )
+    if args.label_smoothing_factor:
+        raise UserError(f"--label_smoothing_factor {args.label_smoothing_factor}: the DFT loss has none; drop it")
+
+
+def _check_batches(args: Any) -> None:
+    counts_tokens = args.max_tokens_per_batch is not None
+    if counts_tokens:
+        if args.max_tokens_per_batch < 1:
+            raise UserError(f"--max_tokens_per_batch is {args.max_tokens_per_batch}; it must be at least 1")
+        if args.per_device_train_batch_size is not None:
+            raise UserError(
+                "--max_tokens_per_batch counts micro-batches in tokens, --per_device_train_batch_size in rows: "
+                "give one"
+            )
+    groups_rows = args.train_sampling_strategy not in (None, "random", "sequential")
+    if groups_rows and (counts_tokens or args.batching == "packed"):
+        counted = "--max_tokens_per_batch" if counts_tokens else "--batching packed"
+        raise UserError(
+            f"--train_sampling_strategy {args.train_sampling_strategy} puts rows together by length, {counted} by "
+            "how they fill a batch: drop one"
+        )
+    if args.auto_find_batch_size and counts_tokens:
+        raise UserError("--auto_find_batch_size lowers rows, --max_tokens_per_batch counts tokens: drop one")
+
+
+def _check_ranges(args: Any) -> None:
+    """Ranges that transformers checks late, or not at all."""
+    values = vars(args)
+    for name in ("seed", "data_seed"):
+        if not 0 <= (values[name] or 0) < 2**32:
+            raise UserError(f"--{name} is {values[name]}; it must be at least 0 and below 2**32")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if values[name] is not None and values[name] < 1:
+            raise UserError(f"--{name} is {values[name]}; it must be at least 1")
+    for name in ("logging_steps", "eval_steps", "save_steps"):
+        if (values[name] or 0) < 0:
+            raise UserError(f"--{name} is {values[name]}; it must be above 0")
+    if args.learning_rate < 0:
+        raise UserError(f"--learning_rate is {args.learning_rate}; it must be at least 0")
+    if args.max_steps <= 0 and args.num_train_epochs <= 0:
+        raise UserError(f"--num_train_epochs is {args.num_train_epochs}; it must be above 0")
+
+
+def _check_checkpoints(args: Any) -> None:
+    if args.eval_strategy not in (None, "no", "steps", "epoch"):
+        raise UserError(f"--eval_strategy is {args.eval_strategy}; it must be one of no, steps, epoch")
+    metric = args.metric_for_best_model
+    if metric is not None and metric.removeprefix("eval_") not in EVALUATION_METRICS:
+        known = ", ".join(f"eval_{name}" for name in EVALUATION_METRICS)
+        raise UserError(f"--metric_for_best_model is {metric}; it must be one of {known}")
+    if args.load_best_model_at_end and args.save_only_model and args.deepspeed:
+        raise UserError("--load_best_model_at_end can't be combined with --save_only_model under DeepSpeed: drop one")
+
+
+def _check_deepspeed_file(args: Any) -> None:
+    if not isinstance(args.deepspeed, str) or args.deepspeed.startswith("{"):
+        return
+    path = Path(args.deepspeed)
+    if not path.is_file():
+        raise UserError(f"--deepspeed {path}: no such file; ds_config/ holds zero2.json, zero3.json and more")
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"--deepspeed {path} is not valid JSON: {error}") from error

@@ -1,0 +1,91 @@
+"""A model's configuration and weights, loaded as the flags say."""
+
+import logging
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
+
+from dft.config.model import ModelConfig
+from dft.errors import UserError
+from dft.model.tokenizer import load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+def load_model_tokenizer(settings: ModelConfig, chat_template: str | None) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with the chat template that was asked for.
+
+    Raises:
+        UserError: there is no such model, no tokenizer with it, or no such template.
+    """
+    name = settings.model_name_or_path
+    is_hub_name = "/" not in name or (name.count("/") == 1 and not Path(name).parent.is_dir())
+    if not Path(name).exists() and (name.startswith(".") or not is_hub_name):
+        raise UserError(f"--model_name_or_path {name}: no such directory, and not a name on the model hub")
+    return load_tokenizer(name, f"--model_name_or_path {name}", chat_template, **settings.source)
+
+
+def load_config(settings: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
+    """The model's configuration, checked before any data is prepared for it.
+
+    Raises:
+        UserError: it can't be loaded, or its vocabulary is smaller than the tokenizer's.
+    """
+    name = settings.model_name_or_path
+    try:
+        config = AutoConfig.from_pretrained(name, **settings.source)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"--model_name_or_path {name}: its configuration can't be loaded: {error}") from error
+    text_config = config.get_text_config()
+    if len(tokenizer) > text_config.vocab_size:
+        raise UserError(
+            f"--model_name_or_path {name}: its tokenizer has {len(tokenizer)} tokens, the model "
+            f"{text_config.vocab_size}; resize the embedding and save the model before training"
+        )
+    return config
+
+
+def computes_in_16_bits(settings: ModelConfig, args: TrainingArguments, config: PretrainedConfig) -> bool:
+    """Whether the model computes in 16 bits, by autocast or because its weights have them."""
+    dtype = str(config.dtype) if settings.torch_dtype == "auto" else settings.torch_dtype
+    return args.bf16 or args.fp16 or dtype.endswith("float16")
+
+
+def load_model(
+    settings: ModelConfig, args: TrainingArguments, config: PretrainedConfig, attention: str
+) -> PreTrainedModel:
+    """The model, sharded at once under ZeRO-3.
+
+    Args:
+        attention: the attention implementation, see dft.batching.attention.choose_attention.
+
+    Raises:
+        UserError: it can't be loaded.
+    """
+    name = settings.model_name_or_path
+    if settings.trust_remote_code:
+        logger.warning("Running Python code from %s, revision %s", name, settings.model_revision)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=settings.torch_dtype, attn_implementation=attention, **settings.source
+        )
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise UserError(f"--model_name_or_path {name}: the model can't be loaded: {error}") from error
+    size = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ZeRO-3 leaves numel() at 0
+    logger.info("Model: %s, %.1f M parameters, %s, %s", type(model).__name__, size / 1e6, model.dtype, attention)
+    if model.dtype != torch.float32 and args.deepspeed_plugin is None:
+        logger.warning(
+            "The weights are %s and updated as such, which loses small updates. Use --torch_dtype float32 with --bf16 "
+            "True, or DeepSpeed, which keeps float32 copies.",
+            model.dtype,
+        )
+    return model

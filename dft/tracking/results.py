@@ -1,0 +1,56 @@
+"""The results of a training: saves the model, its metrics and state; writes curves, model card and summary."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+
+from dft.tracking.console import summary
+from dft.tracking.curves import CURVES_FILE, final_weights_are_best, plot_curves
+from dft.tracking.model_card import write_card
+
+
+def save_run(trainer: Trainer, metrics: dict[str, float]) -> None:
+    """Writes the final model, its tokenizer, the metrics and the trainer's state to the output directory.
+
+    All ranks must call it together.
+
+    Args:
+        metrics: of the training.
+    """
+    args = trainer.args
+    _save_metrics(trainer, "train", metrics)
+    if trainer.eval_dataset is not None:
+        _save_metrics(trainer, "eval", _evaluation_of_final_weights(trainer))
+    trainer.save_model()
+    trainer.save_state()
+    if args.process_index == 0:
+        # Trainer pickles its arguments, but a published model should hold no pickle; the JSON masks tokens and keys
+        (Path(args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+        (Path(args.output_dir) / "training_args.json").write_text(args.to_json_string() + "\n", encoding="utf-8")
+
+
+def _evaluation_of_final_weights(trainer: Trainer) -> dict[str, float]:
+    """The metrics of the evaluation at the step whose weights are saved; evaluates them if there was none."""
+    state = trainer.state
+    step = state.best_global_step if final_weights_are_best(trainer.args, state) else state.global_step
+    done = [record for record in state.log_history if "eval_loss" in record and record["step"] == step]
+    return {key: value for key, value in done[-1].items() if key != "step"} if done else trainer.evaluate()
+
+
+def _save_metrics(trainer: Trainer, split: str, metrics: dict[str, float]) -> None:
+    """Writes metrics to a file, and prints all but those of each channel, which may be very many."""
+    trainer.log_metrics(split, {key: value for key, value in metrics.items() if "channel/" not in key})
+    trainer.save_metrics(split, metrics)
+
+
+def present_run(trainer: Trainer, about: dict[str, Any], report: dict[str, Any]) -> None:
+    """Draws the curves, writes the model card and prints the summary.
+
+    Args:
+        about: see run_info.describe_run.
+        report: see dft.data.report.make_report.
+    """
+    plot_curves(trainer.state.log_history, Path(trainer.args.output_dir) / CURVES_FILE)
+    write_card(about, report, trainer.args, trainer.state)
+    print(summary(trainer))

@@ -1,0 +1,59 @@
+"""The cases of test_invariance.py: one optimizer step over the same 8 rows, trained in different ways."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Engine = Literal["one process", "ddp", "zero2", "zero3", "accelerate"]
+Head = Literal["tied", "untied", "lora", "frozen"]
+Batching = Literal["padded", "padding_free", "packed"]
+
+ENGINES: tuple[Engine, ...] = ("ddp", "zero2", "zero3", "accelerate")  # on two processes
+HEADS: tuple[Head, ...] = ("untied", "lora", "frozen")
+
+
+@dataclass(frozen=True)
+class Case:
+    """How one optimizer step is trained.
+
+    Attributes:
+        engine: what the processes are joined by; "accelerate" is ZeRO-3 as accelerate configures it.
+        rows: of a micro-batch on each process; where batches are packed, these are packed rows.
+        micro_batches: of a step, on each process.
+        head: "lora" has an adapter on it, "frozen" is untied and not trained.
+        is_fused: the loss is computed in the head, not from logits.
+        is_static_graph: DDP takes all steps to have the same graph.
+        is_normalized_alone: a mutant, which averages the means of the micro-batches.
+        is_evaluated_first: Trainer.evaluate is called before Trainer.train.
+    """
+
+    engine: Engine
+    rows: int
+    micro_batches: int = 1
+    head: Head = "tied"
+    batching: Batching = "padded"
+    is_fused: bool = True
+    is_static_graph: bool = False
+    is_normalized_alone: bool = False
+    is_evaluated_first: bool = False
+
+
+CASES: dict[str, Case] = {
+    "whole batch": Case("one process", rows=8),
+    "whole batch from logits": Case("one process", rows=8, is_fused=False),
+    "row by row": Case("one process", rows=1, micro_batches=8),
+    **{f"whole batch, {head} head": Case("one process", rows=8, head=head) for head in HEADS},
+    **{f"{engine}, half a batch": Case(engine, rows=4) for engine in ENGINES},
+    **{f"{engine}, row by row": Case(engine, rows=1, micro_batches=4) for engine in ENGINES},
+    **{
+        f"{engine}, {head} head": Case(engine, rows=1, micro_batches=4, head=head)
+        for engine in ("ddp", "zero3")
+        for head in HEADS
+    },
+    "ddp, padding-free": Case("ddp", rows=2, micro_batches=2, batching="padding_free"),
+    "zero2, padding-free": Case("zero2", rows=4, batching="padding_free"),
+    "zero3, packed": Case("zero3", rows=2, batching="packed"),
+    "ddp, static graph": Case("ddp", rows=4, is_static_graph=True),
+    "mutant, half a batch": Case("ddp", rows=4, is_normalized_alone=True),
+    "mutant, row by row": Case("ddp", rows=1, micro_batches=4, is_normalized_alone=True),
+    "evaluated first": Case("ddp", rows=4, is_evaluated_first=True),
+}

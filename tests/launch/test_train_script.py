@@ -1,0 +1,82 @@
+"""The command that scripts/train.sh builds, seen by stand-ins for the launchers."""
+
+import os
+
+import pytest
+
+from tests.helpers import run
+
+pytestmark = pytest.mark.launch
+
+
+@pytest.fixture
+def launched(tmp_path):
+    """Runs train.sh with launchers that only say how they were called; returns that line."""
+    for name in ("deepspeed", "torchrun", "accelerate"):
+        stub = tmp_path / "bin" / name
+        stub.parent.mkdir(exist_ok=True)
+        stub.write_text(
+            f'#!/bin/sh\necho "CALL {name} $* / visible=${{CUDA_VISIBLE_DEVICES-unset}}"\necho exits successfully\n'
+        )
+        stub.chmod(0o755)
+
+    def call(*flags, **env) -> str:
+        path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+        settings = {"LOG_DIR": str(tmp_path), "MASTER_PORT": "1234", "VIRTUAL_ENV": "none", "PATH": path, **env}
+        result = run(["bash", "scripts/train.sh", *flags], **settings)
+        assert result.returncode == 0, result.stdout
+        return next(text for text in result.stdout.splitlines() if text.startswith("CALL "))
+
+    return call
+
+
+def test_gpus_are_chosen_for_deepspeed(launched):
+    """It overwrites CUDA_VISIBLE_DEVICES, so it must be told by --include, and never by both."""
+    call = launched(CUDA_VISIBLE_DEVICES="4,5,6")
+    assert "--include localhost:4,5,6 train_dft.py" in call
+    assert "--num_gpus" not in call
+    assert call.endswith("visible=unset")
+    assert "--include localhost:4,5 train_dft.py" in launched(CUDA_VISIBLE_DEVICES="4,5,6", NPROC="2")
+    assert "--num_gpus 3" in launched(CUDA_VISIBLE_DEVICES="", NPROC="3")
+    assert "--hostfile hosts" in launched(CUDA_VISIBLE_DEVICES="4,5", HOSTFILE="hosts")
+
+
+def test_gpus_are_chosen_for_the_other_launchers(launched):
+    call = launched(LAUNCHER="torchrun", CUDA_VISIBLE_DEVICES="4,5,6", NPROC="2")
+    assert "--nproc-per-node 2" in call
+    assert call.endswith("visible=4,5")
+    nodes = {"NNODES": "8", "NODE_RANK": "3", "MASTER_ADDR": "worker-0", "CUDA_VISIBLE_DEVICES": "0,1"}
+    call = launched(LAUNCHER="torchrun", **nodes)
+    assert "--nnodes 8 --node-rank 3 --master-addr worker-0 --master-port 1234 --nproc-per-node 2" in call
+    call = launched(LAUNCHER="accelerate", **nodes)
+    assert "--num_machines 8 --machine_rank 3 --main_process_ip worker-0 --main_process_port 1234" in call
+    assert "--num_processes 16" in call
+    assert "--multi_gpu" in call
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"LAUNCHER": "mpirun", "BACKGROUND": "1"}, "LAUNCHER=mpirun; it must be"),
+        ({"NNODES": "2", "CUDA_VISIBLE_DEVICES": "0"}, "name the nodes in a HOSTFILE"),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-8a3f"}, "use LAUNCHER=torchrun for GPUs named by UUID"),
+    ],
+)
+def test_mistakes_in_variables_are_status_2(env, message, tmp_path):
+    result = run(["bash", "scripts/train.sh"], LOG_DIR=str(tmp_path), **env)
+    assert result.returncode == 2
+    assert message in result.stdout
+
+
+def test_a_device_of_minus_1_is_no_gpu(launched):
+    assert "--num_gpus 1" in launched(CUDA_VISIBLE_DEVICES="-1")
+
+
+def test_variables_and_flags_reach_the_program(launched):
+    call = launched("--dft_alpha", "0.7", MODEL="m", DATA="a.jsonl b.jsonl", OUTPUT_DIR="o", CUDA_VISIBLE_DEVICES="")
+    program = call.split("train_dft.py ")[1].split(" / ")[0]
+    assert program == (
+        "--model_name_or_path m --data_files a.jsonl b.jsonl --output_dir o --deepspeed ds_config/zero3.json "
+        "--dft_alpha 0.7"
+    )
+    assert "--deepspeed" not in launched(DS_CONFIG="", CUDA_VISIBLE_DEVICES="").split("train_dft.py")[1]
