@@ -87,6 +87,15 @@ def test_the_rule_rejects_what_it_forbids(tmp_path):
     assert imports_of(path) == {"dft.loss", "dft.loss.head", "data_utils"}
 
 
+def test_no_function_takes_more_than_nine_parameters():
+    """Settings travel as objects. The signature of an attention function is dictated by transformers."""
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.name != "varlen_attention":
+                arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                assert len([a for a in arguments if a.arg not in ("self", "cls")]) <= 9, f"{name}.{node.name}"
+
+
 def test_importing_has_no_side_effects(tmp_path):
     """No file, no handler, no process group, no device."""
     code = (
