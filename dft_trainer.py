@@ -101,6 +101,8 @@ class DFTTrainer(Trainer):
         if self.args.torch_compile:
             compile_layers(self.model, self.accelerator, self.args)
         if loss.dft_special_tokens == "ce":
+            if self.processing_class is None:
+                raise ValueError("dft_special_tokens ce needs the tokenizer: give it as processing_class")
             plain_tokens = (*plain_tokens, *special_token_ids(self.processing_class))
         self.token_weight = TokenWeight(loss.alpha, loss.dft_gamma, loss.dft_floor, tuple(plain_tokens))
         chunk_mb = loss.loss_chunk_mb or CHUNK_MB.get(self.args.device.type, CHUNK_MB["cpu"])
@@ -117,6 +119,9 @@ class DFTTrainer(Trainer):
         self._needs_no_logits = False  # in this step of the evaluation
         self._num_batches = 1  # micro-batches of this step
         self._eval_sums = TokenSums(self.args.device, len(self.channels))
+        peak = metrics.peak_tflops
+        self._peak_tflops = known_peak_tflops(self.args.device) if peak is None else peak
+        self._flops = None if self._peak_tflops is None else model_flops(self.model)  # before the model is wrapped
         self._train_metrics = self._new_metrics()
 
     def _refuse_what_changes_the_loss(self) -> None:
@@ -138,15 +143,13 @@ class DFTTrainer(Trainer):
             )
 
     def _new_metrics(self) -> TrainingMetrics:
-        config, device = self.metrics_config, self.args.device
-        peak = known_peak_tflops(device) if config.peak_tflops is None else config.peak_tflops
         return TrainingMetrics(
-            device,
+            self.args.device,
             channels=self.channels,
-            with_entropy=config.log_entropy,
-            min_steps=config.log_metrics_steps,
-            flops=None if peak is None else model_flops(self.model),
-            peak_tflops=peak,
+            with_entropy=self.metrics_config.log_entropy,
+            min_steps=self.metrics_config.log_metrics_steps,
+            flops=self._flops,
+            peak_tflops=self._peak_tflops,
         )
 
     def _inner_training_loop(self, *args, **kwargs):

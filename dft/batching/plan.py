@@ -133,7 +133,12 @@ class BatchPlan:
             strategy = "random" if self.strategy == "batch_rebalance" else self.strategy
             num_rows = len(lengths)
             order = EpochOrder(
-                *(num_rows, num_rows), seed=self.seed, strategy=strategy, lengths=lengths, rows_per_step=rows_per_step
+                num_rows,
+                num_rows,
+                seed=self.seed,
+                strategy=strategy,
+                lengths=lengths,
+                rows_per_step=rows_per_step,
             )
             bins = np.empty(num_rows, dtype=np.int64)
             bins[list(order)] = np.arange(num_rows) // self.rows_per_batch

@@ -149,7 +149,13 @@ def _by_kernel(
     size = max(dim, value_dim) + -max(dim, value_dim) % 8
     query, key, value = (x if x.shape[-1] == size else pad(x, (0, size - x.shape[-1])) for x in (query, key, value))
     out = varlen_attn(
-        *(query, key, value, boundaries, boundaries, longest, longest),
+        query,
+        key,
+        value,
+        boundaries,
+        boundaries,
+        longest,
+        longest,
         scale=dim**-0.5 if scale is None else scale,
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
@@ -181,7 +187,9 @@ def _by_document(
         length = q.shape[2]
         is_local = window is not None and window < length
         part = scaled_dot_product_attention(
-            *(q, k, v),
+            q,
+            k,
+            v,
             attn_mask=_local_mask(length, window, q.device) if is_local else None,
             is_causal=not is_local,
             dropout_p=dropout,

@@ -160,5 +160,6 @@ class TrainingMetrics:
                 "%.0f%% of the supervised tokens have a DFT weight below %g: the model hardly expects them, so it "
                 "hardly learns them. Lower dft_alpha (0.7), set a dft_floor (0.1), let alpha rise "
                 "(dft_alpha_warmup_ratio), or train with dft_alpha 0 first",
-                *(100 * share, UNLIKELY),
+                100 * share,
+                UNLIKELY,
             )

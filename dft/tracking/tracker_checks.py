@@ -129,7 +129,12 @@ def choose_mode(name: str, args: TrainingArguments) -> str:
         where, runs = {"swanlab": (directory, "run-*"), "wandb": (f"{directory}/wandb", "offline-run-*")}[name]
         logger.warning(
             "%s: %s, so the run is written to %s; upload it with `%s sync %s/%s`",
-            *(name, reason, where, name, shlex.quote(where), runs),
+            name,
+            reason,
+            where,
+            name,
+            shlex.quote(where),
+            runs,
         )
     return "offline" if reason else mode
 

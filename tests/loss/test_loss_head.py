@@ -368,3 +368,8 @@ def test_turns_weigh_the_same(make_trainer):
     assert losses == pytest.approx([sum(single) / 2] * 2, rel=1e-5)
     assert losses[0] != pytest.approx((single[0] + 9 * single[1]) / 10, rel=1e-3)  # the mean over tokens
     assert int(count_terms(torch.tensor(labels), "turn")) == 2
+
+
+def test_special_tokens_need_the_tokenizer(make_trainer):
+    with pytest.raises(ValueError, match="give it as processing_class"):
+        make_trainer(dft_special_tokens="ce")
