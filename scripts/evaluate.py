@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
         training = training_arguments(args, run.get("training", {}), directory)  # first: it joins the other ranks
         trained = load_trained(args.model, "cpu", args.dtype, args.trust_remote_code)
         config = data_config(args, run.get("data", {}))
-        chat_format = ChatFormat(trained.tokenizer, config.train_on, config.mask_thinking)
+        chat_format = ChatFormat.of(trained.tokenizer, config)
         data = prepare_on_each_node(config, chat_format, seed=training.seed)
         metrics = evaluate(training, trained, data, run)
     if training.process_index != 0:

@@ -3,15 +3,28 @@
 The conversation is rendered twice: as it is, and with anchors. Without them, the second text must equal the first,
 so the anchors stand exactly where the texts do, whatever the template is.
 
-A turn begins after its header: what the template writes as generation prompt, or, without one (Mistral's has
-none), what it writes before a plain answer. A turn ends with the first control token after its text that doesn't
-belong inside a turn.
+A turn begins behind its generation prompt, or, where that can't tell (Mistral's template has none), behind what the
+template writes before a plain answer. A turn ends with the first control token after its text that doesn't belong
+inside a turn.
 """
 
+from functools import partial
+from typing import NamedTuple
+
 from dft.chat.anchors import THINKING_TAG, Anchor, render_anchored
-from dft.chat.template import ChatTemplate, Span
+from dft.chat.generation_prompt import QUESTION, GenerationPrompt, is_surely_answer
+from dft.chat.template import TEMPLATE_ERRORS, ChatTemplate, Span
 from dft.chat.template_shape import end_of_turn, learn_shape
+from dft.reading.messages import is_empty
 from dft.reading.rows import RowError
+
+
+class Conversation(NamedTuple):
+    """What a template renders."""
+
+    messages: list[dict]
+    tools: list | None
+    template_kwargs: dict | None
 
 
 class AnchorFinder:
@@ -23,7 +36,8 @@ class AnchorFinder:
     def __init__(self, template: ChatTemplate):
         self._template = template
         self._control = template.control.unmarked
-        self._shape = learn_shape(template)
+        self._prompt = GenerationPrompt(template)
+        self._shape = learn_shape(template, self._prompt.header)
 
     def find(
         self, messages: list[dict], tools: list | None = None, template_kwargs: dict | None = None
@@ -34,9 +48,8 @@ class AnchorFinder:
             RowError: a turn can't be located for certain.
             TEMPLATE_ERRORS: the template refuses the conversation.
         """
-        text, anchors = render_anchored(self._template, messages, tools, template_kwargs)
-        if self._template.render(messages, tools, template_kwargs) != text:
-            raise RowError("unverified_mask", "the template changes with the text of the messages")
+        conversation = Conversation(messages, tools, template_kwargs)
+        text, anchors = self._anchored(conversation)
         indices: dict[int, list[int]] = {}  # message number -> indices of its anchors
         for index, anchor in enumerate(anchors):
             indices.setdefault(anchor.number, []).append(index)
@@ -44,26 +57,80 @@ class AnchorFinder:
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            first, last = _anchors_of_turn(number, message, indices.get(number, []), anchors)
-            start = self._start_of_turn(text, anchors[first - 1].end if first else 0, anchors[first])
-            limit = anchors[last + 1].start if last + 1 < len(anchors) else len(text)
-            end = end_of_turn(self._template, self._shape, text, anchors[last].end, limit)
+            if number not in indices and is_empty(message):
+                before = spans[-1][1] if spans else 0
+                start = content_end = self._start_of_empty_turn(text, number, conversation, before)
+                following = next((a.start for a in anchors if a.start >= start and a.number > number), len(text))
+            else:
+                first, last = _anchors_of_turn(number, message, indices.get(number, []), anchors)
+                before = anchors[first - 1].end if first else 0
+                start = self._start_of_turn(text, number, conversation, before, anchors[first])
+                content_end = anchors[last].end
+                following = anchors[last + 1].start if last + 1 < len(anchors) else len(text)
+            without_the_rest = partial(self._render_up_to, number, conversation)
+            end = end_of_turn(self._template, self._shape, text, content_end, following, without_the_rest)
             if end is None:
-                rest = text[anchors[last].end :]
-                if number + 1 < len(messages) or not self._may_end_with_eos(rest, messages, tools, template_kwargs):
+                if number + 1 < len(messages) or not self._may_end_with_eos(text[content_end:], conversation):
                     raise RowError("unverified_mask", f"no end-of-turn token follows message {number}")
                 text += self._template.tokenizer.eos_token
                 end = len(text)
+            self._refuse_several_turns(text, start, end, number)
             spans.append((start, end))
         return text, spans
 
-    def _start_of_turn(self, text: str, before: int, anchor: Anchor) -> int:
+    def _anchored(self, conversation: Conversation) -> tuple[str, list[Anchor]]:
+        """The rendered text, and the anchors of it."""
+        text = self._template.render(*conversation)
+        for empty_turns in (True, False):  # a template may ask whether a turn is empty: with anchors it is not
+            shown, anchors = render_anchored(self._template, *conversation, empty_turns=empty_turns)
+            if shown == text:
+                return text, anchors
+        raise RowError("unverified_mask", "the template changes with the text of the messages")
+
+    def _render_up_to(self, number: int, conversation: Conversation) -> str:
+        """The conversation with message `number` as its last; nothing where the template refuses it."""
+        messages, tools, template_kwargs = conversation
+        try:
+            return self._template.render(messages[: number + 1], tools, template_kwargs)
+        except TEMPLATE_ERRORS:
+            return ""
+
+    def _start_of_empty_turn(self, text: str, number: int, conversation: Conversation, before: int) -> int:
+        messages, tools, template_kwargs = conversation
+        start = self._prompt.start(text, messages[:number], tools, template_kwargs, before)
+        if start is None:
+            raise RowError("unverified_mask", f"message {number}, which is empty, can't be located")
+        return start
+
+    def _refuse_several_turns(self, text: str, start: int, end: int, number: int) -> None:
+        """Refuses a message that the template writes as several turns: generation stops at the end of the first."""
+        eos = self._template.tokenizer.eos_token
+        if eos and any(m[0] == eos and m.end() < end for m in self._control.finditer(text, start, end)):
+            raise RowError("unverified_mask", f"the template writes message {number} as several turns")
+
+    def _start_of_turn(self, text: str, number: int, conversation: Conversation, before: int, anchor: Anchor) -> int:
         """Where the turn that `anchor` is the first of begins.
 
         Args:
             before: where the text of the message before it ends.
         """
-        leading = text[before : anchor.start]
+        messages, tools, template_kwargs = conversation
+        header, leading = self._prompt.header, text[before : anchor.start]
+        is_plain = header and leading.endswith(header) and leading.count(header) == 1
+        if is_plain and is_surely_answer(text, anchor.start, messages[number].get("content") or ""):
+            return anchor.start
+        start = self._prompt.start(text, messages[:number], tools, template_kwargs, before)
+        if start is not None and start <= anchor.start:
+            return start
+        start = self._start_by_shape(before, leading, anchor)
+        return self._prompt.behind_opener(text, start, messages[:number], tools, template_kwargs)
+
+    def _start_by_shape(self, before: int, leading: str, anchor: Anchor) -> int:
+        """Where a turn begins, by what the template writes before other turns.
+
+        Args:
+            leading: what stands between the message before it, which ends at `before`, and its first text.
+        """
         for header in filter(None, (self._shape.header, self._shape.plain_header)):
             if header in leading:  # a turn of several parts repeats its header: the first one begins it
                 if leading.count(header) > 1 and not self._control.search(header):
@@ -80,9 +147,7 @@ class AnchorFinder:
             raise RowError("unverified_mask", "the turn's header is not the one of the generation prompt")
         return before + (tokens[-1].end() if tokens else len(leading.rstrip(" ")))
 
-    def _may_end_with_eos(
-        self, rest: str, messages: list[dict], tools: list | None, template_kwargs: dict | None
-    ) -> bool:
+    def _may_end_with_eos(self, rest: str, conversation: Conversation) -> bool:
         """Whether the last turn lacks nothing but an end-of-turn token.
 
         Args:
@@ -93,8 +158,8 @@ class AnchorFinder:
         if not rest.strip():
             return True
         # The template must write the same after the turn's text as it writes there before a next question.
-        messages = [*messages, {"role": "user", "content": "question"}]
-        text, anchors = render_anchored(self._template, messages, tools, template_kwargs)
+        messages = [*conversation.messages, QUESTION]
+        text, anchors = render_anchored(self._template, messages, *conversation[1:])
         end = max((a.end for a in anchors if a.number == len(messages) - 2), default=0)
         token = self._control.search(text, end)
         return rest == (text[end : token.start()] if token else "")
@@ -103,7 +168,9 @@ class AnchorFinder:
 def _anchors_of_turn(number: int, message: dict, indices: list[int], anchors: list[Anchor]) -> tuple[int, int]:
     """The indices of the first and the last anchor of an assistant turn, which is shown whole and in one place."""
     if not indices:
-        raise RowError("unverified_mask", f"the template doesn't show message {number}, an assistant turn")
+        what = "the tool calls of message" if message.get("tool_calls") else "assistant message"
+        detail = f"the chat template doesn't show {what} {number}: give one that does with --chat_template FILE"
+        raise RowError("unverified_mask", detail)
     own = _without_repeated_names(indices, anchors)
     shown = {anchors[index].part.removeprefix("name") for index in own}
     if any(str(i) not in shown for i in range(len(message.get("tool_calls") or []))):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dft.chat.template import ChatTemplate
+from dft.reading.messages import REASONING_KEYS, is_empty
 
 NUMBER, START, END = "\ue0f2", "\ue0f3", "\ue0f4"  # an anchored text is NUMBER 3:content START text END
 ANCHOR = re.compile(f"{NUMBER}(\\d+):(\\w+){START}|{END}")
@@ -28,9 +29,16 @@ class Anchor:
 
 
 def render_anchored(
-    template: ChatTemplate, messages: list[dict], tools: list | None = None, template_kwargs: dict | None = None
+    template: ChatTemplate,
+    messages: list[dict],
+    tools: list | None = None,
+    template_kwargs: dict | None = None,
+    empty_turns: bool = True,
 ) -> tuple[str, list[Anchor]]:
     """The rendered text, without anchors, and where they stood, in the order of the text.
+
+    Args:
+        empty_turns: write anchors into assistant turns without any text, too.
 
     Raises:
         TEMPLATE_ERRORS: the template refuses the conversation.
@@ -40,7 +48,7 @@ def render_anchored(
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             number = first.setdefault(json.dumps(message, default=str), number)
-        anchored.append(_with_anchors(message, number))
+        anchored.append(message if not empty_turns and is_empty(message) else _with_anchors(message, number))
     return _read_anchors(template.render(anchored, tools, template_kwargs))
 
 
@@ -76,7 +84,7 @@ def _with_anchors(message: dict, number: int) -> dict:
     if message["role"] != "assistant":
         anchored["content"] = _anchor(message.get("content") or "", number)
         return anchored
-    for key, part in (("reasoning_content", "reasoning"), ("content", "content")):
+    for key, part in (*((key, "reasoning") for key in REASONING_KEYS), ("content", "content")):
         if message.get(key):
             pieces = THINKING_TAG.split(message[key])
             anchored[key] = "".join(

@@ -3,6 +3,7 @@
 import re
 
 from dft.chat.control_tokens import MARK_START
+from dft.chat.generation_prompt import GenerationPrompt
 from dft.chat.template import PROBE, TEMPLATE_ERRORS, ChatTemplate, Span
 
 CHATML_TURN = re.compile(rf"<\|im_start\|>assistant\n(.*?(?<!{MARK_START})<\|im_end\|>)", re.DOTALL)
@@ -10,7 +11,7 @@ CHATML_TURN = re.compile(rf"<\|im_start\|>assistant\n(.*?(?<!{MARK_START})<\|im_
 
 def is_chatml(template: ChatTemplate) -> bool:
     """Whether a template writes answers as ChatML turns."""
-    source = template.tokenizer.chat_template
+    source = template.source
     if "<|im_start|>" not in source or "<|im_end|>" not in source:
         return False
     try:
@@ -24,6 +25,7 @@ class ChatMLFinder:
 
     def __init__(self, template: ChatTemplate):
         self._template = template
+        self._prompt = GenerationPrompt(template)
 
     def find(
         self, messages: list[dict], tools: list | None = None, template_kwargs: dict | None = None
@@ -34,4 +36,5 @@ class ChatMLFinder:
             TEMPLATE_ERRORS: the template refuses the conversation.
         """
         text = self._template.render(messages, tools, template_kwargs)
-        return text, [match.span(1) for match in CHATML_TURN.finditer(text)]
+        spans = [match.span(1) for match in CHATML_TURN.finditer(text)]
+        return text, self._prompt.begin_behind(text, spans, messages, tools, template_kwargs)

@@ -14,20 +14,39 @@ from dft.reading.rows import RowError
 
 MARK_START, MARK_END = "\ue0f0", "\ue0f1"
 MARKS = re.compile(f"[{MARK_START}{MARK_END}]")
+# Tags that stand inside turns, which assistants may write in their own text, so they are not marked
+CONTENT_TAGS = re.compile(r"</?(?:think|thinking|thought|reasoning|answer|(?:tool|function)s?(?:_\w+)?|arg_\w+)>")
+SIGN = re.compile(r"\w[^\w\s]|[^\w\s]\w")  # words alone and signs alone are text, whatever writes them
 RESERVED_CHARACTERS = tuple(map(chr, range(0xE0F0, 0xE0F6)))  # marks, and what anchors.py and text_encoder.py write
 
 
 class ControlTokens:
-    """Patterns for the control tokens that a template may write.
+    """The control tokens that a template may write, and patterns for them.
+
+    Args:
+        written: the source of the template and texts that it renders.
 
     Attributes:
+        ids: the tokenizer's control tokens, {text: id}: those marked as special, and all others that the template
+            writes, such as DeepSeek's role tokens. CONTENT_TAGS are none.
         unmarked: matches a control token of the template.
         trailing: matches one at the end of a text, with white space after it; group 1 is the token.
+        tags: matches those of CONTENT_TAGS that are tokens of this tokenizer.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        names = {*special_tokens(tokenizer), tokenizer.eos_token or "<|im_end|>", "<|im_start|>", "<|im_end|>"}
-        token = one_of(names)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, written: str = ""):
+        added = tokenizer.added_tokens_decoder
+        plain = {token.content for token in added.values() if not token.special}
+        tags = {name for name in plain if CONTENT_TAGS.fullmatch(name)}
+        others = {name for name in plain if SIGN.search(name)} - tags
+        in_template = {match[0] for match in re.finditer(one_of(others), written)}
+        self.ids = {
+            token.content: token_id
+            for token_id, token in added.items()
+            if token.special or token.content in in_template
+        }
+        self.tags = re.compile(one_of(tags))
+        token = one_of({*self.ids, tokenizer.eos_token or "<|im_end|>", "<|im_start|>", "<|im_end|>"})
         self.unmarked = re.compile(rf"(?<!{MARK_START})(?:{token})")
         self.trailing = re.compile(rf"(?<!{MARK_START})({token})\s*\Z")
         self._token = re.compile(token)
@@ -49,12 +68,6 @@ class ControlTokens:
         if isinstance(value, list):
             return [self.mark(item) for item in value]
         return value
-
-
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """The tokenizer's control tokens, {text: id}."""
-    added = tokenizer.added_tokens_decoder
-    return {token.content: token_id for token_id, token in added.items() if token.special}
 
 
 def one_of(words: Iterable[str]) -> str:

@@ -18,7 +18,7 @@ class Example:
         labels: int32 [T], -100 where nothing is supervised.
         loss_weights: float32 [T], what the loss of each token is multiplied by; None for 1 everywhere.
         has_control_text: whether control tokens stand in the conversation's own text.
-        not_rendered: the columns that the conversation has and the chat template never shows.
+        remarks: names of what the report counts, see dft.data.report.REMARKS, each as often as it occurs.
         is_truncated: whether the row was longer.
     """
 
@@ -26,7 +26,7 @@ class Example:
     labels: np.ndarray
     loss_weights: np.ndarray | None = None
     has_control_text: bool = False
-    not_rendered: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
     is_truncated: bool = False
 
     @property

@@ -11,21 +11,61 @@ How turns are located:
 """
 
 from collections.abc import Iterable
-from typing import Literal
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from dft.chat.anchor_finder import AnchorFinder
 from dft.chat.chatml_finder import ChatMLFinder, is_chatml
 from dft.chat.example import Example
-from dft.chat.labeler import SupervisedText, label, select_spans
+from dft.chat.labeler import SupervisedText, label, select_spans, weights_of_turns
+from dft.chat.remarks import (
+    EMPTY_TURN,
+    SYSTEM_IN_LAST_QUESTION,
+    TOOLS_NOT_SHOWN,
+    TURN_WITHOUT_THINKING,
+    TYPED_TAGS,
+    UNREAD_KEY,
+)
 from dft.chat.tag_finder import TagFinder
 from dft.chat.template import TEMPLATE_ERRORS, ChatTemplate, Span
 from dft.chat.text_encoder import TextEncoder
-from dft.chat.tool_calls import with_arguments
-from dft.chat.verification import not_rendered, verify
+from dft.chat.tool_calls import with_arguments, with_short_ids
+from dft.chat.verification import tools_not_rendered, verify
+from dft.config.data import DataConfig, EmptyTurns, TrainOn
 from dft.errors import UserError
+from dft.reading.messages import is_empty
 from dft.reading.rows import RowError
+
+AS_OBJECTS, AS_TEXTS = (partial(with_arguments, as_text=as_text) for as_text in (False, True))
+# What templates take as tool calls; each form is tried where a template refuses those before it
+FORMS_OF_CALLS = (
+    AS_OBJECTS,
+    AS_TEXTS,  # DeepSeek's
+    lambda messages: with_short_ids(AS_OBJECTS(messages)),  # Mistral's
+    lambda messages: with_short_ids(AS_TEXTS(messages)),
+)
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """A conversation as text.
+
+    Attributes:
+        text: the rendered text, control tokens of the conversation's own text marked.
+        spans: the characters [start, end) of each assistant turn.
+        lacks_thinking: for each turn whether the template leaves its thinking out.
+        messages: what was rendered, with marks.
+        is_system_moved: whether the system message stands in the last question, where the template shows it.
+    """
+
+    text: str
+    spans: list[Span]
+    lacks_thinking: list[bool]
+    messages: list[dict]
+    is_system_moved: bool = False
 
 
 class ChatFormat:
@@ -35,6 +75,8 @@ class ChatFormat:
         tokenizer: a fast tokenizer. Without a chat template it is given the built-in one.
         train_on: the assistant turns that are supervised.
         mask_thinking: leave thinking blocks, their tags included, unsupervised.
+        empty_turns: what to do with assistant turns that say nothing.
+        template_kwargs: arguments of the chat template for all conversations; their own take precedence.
 
     Attributes:
         method: how turns are located: "generation tags", "ChatML scan", "anchors" or "built-in template".
@@ -46,36 +88,69 @@ class ChatFormat:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        train_on: Literal["all", "last"] = "all",
+        train_on: TrainOn = "all",
         mask_thinking: bool = False,
+        empty_turns: EmptyTurns = "keep",
+        template_kwargs: dict | None = None,
     ):
         if not tokenizer.is_fast:
             raise UserError(f"{tokenizer.__class__.__name__} has no character offsets: a fast tokenizer is needed")
         self.tokenizer = tokenizer
         self.train_on = train_on
         self.mask_thinking = mask_thinking
-        self.encoder = TextEncoder(tokenizer)
-        self.template = ChatTemplate(tokenizer)
+        self.empty_turns = empty_turns
+        self.template = ChatTemplate(tokenizer, template_kwargs)
+        self.encoder = TextEncoder(tokenizer, self.template.control.ids)
         self.method, self._finder = _choose_finder(self.template)
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> "ChatFormat":
+        """The format that the data flags ask for."""
+        return cls(tokenizer, config.train_on, config.mask_thinking, config.empty_turns, config.template_kwargs)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides over ids and labels beside the tokenizer, as JSON values."""
+        return {
+            "train_on": self.train_on,
+            "mask_thinking": self.mask_thinking,
+            "empty_turns": self.empty_turns,
+            "template_kwargs": self.template.template_kwargs,
+        }
 
     def render(
         self, messages: list[dict], tools: list | None = None, template_kwargs: dict | None = None
-    ) -> tuple[str, list[Span]]:
-        """The rendered text, control tokens of the conversation's own text marked, and its assistant spans.
+    ) -> Rendering:
+        """The rendered text and its assistant turns.
 
         Raises:
-            RowError: the template refuses the conversation, or a span can't be verified.
+            RowError: the template refuses the conversation, or a turn can't be verified.
         """
         messages, tools, template_kwargs = map(self.template.control.mark, (messages, tools, template_kwargs))
+        messages = self.template.with_its_reasoning_key(messages)
         try:
-            text, spans = self._find(with_arguments(messages, as_text=False), tools, template_kwargs)
+            return self._render(messages, tools, template_kwargs)
         except RowError as error:
-            if error.reason != "template_error" or not any(m.get("tool_calls") for m in messages):
+            moved = self.template.with_system_in_last_question(messages, tools, template_kwargs)
+            if error.reason != "message_not_rendered" or moved is None:
                 raise
-            # some templates (DeepSeek's) want the arguments of tool calls as JSON in a text
-            text, spans = self._find(with_arguments(messages, as_text=True), tools, template_kwargs)
-        verify(text, spans, messages)
-        return text, spans
+        return replace(self._render(moved, tools, template_kwargs), is_system_moved=True)
+
+    def _render(self, messages: list[dict], tools: list | None, template_kwargs: dict | None) -> Rendering:
+        """As `render`, with tool calls in the first form that the template takes."""
+        calls = any(message.get("tool_calls") for message in messages)
+        refusal: RowError | None = None
+        for form in FORMS_OF_CALLS if calls else FORMS_OF_CALLS[:1]:
+            rendered = form(messages)
+            try:
+                text, spans = self._find(rendered, tools, template_kwargs)
+            except RowError as error:
+                refusal = refusal or error
+                if error.reason != "template_error":
+                    break
+                continue
+            return Rendering(text, spans, verify(text, spans, messages), rendered)
+        raise refusal
 
     def encode(self, messages: list[dict], tools: list | None = None, template_kwargs: dict | None = None) -> Example:
         """Renders, tokenizes and labels one conversation, without truncating it.
@@ -106,12 +181,32 @@ class ChatFormat:
     def _supervise(
         self, messages: list[dict], tools: list | None, template_kwargs: dict | None
     ) -> SupervisedText | RowError:
+        turns = [message for message in messages if message["role"] == "assistant"]
         try:
-            text, spans = self.render(messages, tools, template_kwargs)
-            spans, loss_weights = select_spans(text, spans, messages, self.train_on, self.mask_thinking)
+            weights = weights_of_turns(turns, self.train_on, self.empty_turns)
+            rendering = self.render(messages, tools, template_kwargs)
+            spans, loss_weights = select_spans(rendering.text, rendering.spans, weights, self.mask_thinking)
         except RowError as error:
             return error
-        return SupervisedText(text, spans, loss_weights, not_rendered(text, messages, tools))
+        remarks = self._remarks(rendering, messages, tools, weights)
+        return SupervisedText(rendering.text, spans, loss_weights, remarks)
+
+    def _remarks(
+        self, rendering: Rendering, messages: list[dict], tools: list | None, weights: list[float]
+    ) -> tuple[str, ...]:
+        """What the report counts of a row, see dft.chat.remarks."""
+        turns = [message for message in messages if message["role"] == "assistant"]
+        supervised = [i for i, weight in enumerate(weights) if weight > 0]
+        remarks = [EMPTY_TURN for i in supervised if is_empty(turns[i])]
+        if not self.mask_thinking:
+            remarks += [TURN_WITHOUT_THINKING for i in supervised if rendering.lacks_thinking[i]]
+        if tools and tools_not_rendered(rendering.text, tools):
+            remarks.append(TOOLS_NOT_SHOWN)
+        if rendering.is_system_moved:
+            remarks.append(SYSTEM_IN_LAST_QUESTION)
+        if self.template.has_typed_tags(messages):
+            remarks.append(TYPED_TAGS)
+        return (*remarks, *(UNREAD_KEY + key for key in self.template.unread_keys(messages)))
 
 
 def _choose_finder(template: ChatTemplate) -> tuple[str, TagFinder | ChatMLFinder | AnchorFinder]:

@@ -2,14 +2,15 @@
 
 import re
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from dft.chat.control_tokens import MARK_START
 from dft.chat.example import Example
 from dft.chat.template import Span
+from dft.config.data import EmptyTurns, TrainOn
 from dft.constants import IGNORE_INDEX
+from dft.reading.messages import is_empty
 from dft.reading.rows import RowError
 
 THINKING_BLOCKS = {  # opening tag -> closing tag
@@ -28,13 +29,13 @@ class SupervisedText:
         text: the rendered text, with marks.
         spans: the supervised characters.
         loss_weights: one for each span, above 0.
-        not_rendered: see Example.
+        remarks: see Example.
     """
 
     text: str
     spans: list[Span]
     loss_weights: list[float]
-    not_rendered: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     @property
     def borders(self) -> list[int]:
@@ -42,23 +43,44 @@ class SupervisedText:
         return [border for span in self.spans for border in span]
 
 
+def weights_of_turns(turns: list[dict], train_on: TrainOn, empty_turns: EmptyTurns) -> list[float]:
+    """The loss weight of each turn, 0 for those that are not supervised.
+
+    Args:
+        turns: the assistant messages.
+        train_on: supervise all turns, or the last one alone.
+        empty_turns: supervise the end of an empty turn (keep), don't (skip_turn), or refuse the row (drop_row).
+
+    Raises:
+        RowError: nothing is supervised, or there is an empty turn and the row is to be dropped.
+    """
+    weights = [float(turn.get("weight", 1.0)) for turn in turns]
+    if train_on == "last":
+        weights[:-1] = [0.0] * len(weights[:-1])
+    for i, turn in enumerate(turns):
+        if weights[i] > 0 and empty_turns != "keep" and is_empty(turn):
+            if empty_turns == "drop_row":
+                raise RowError("empty_turn", f"assistant turn {i + 1} says nothing")
+            weights[i] = 0.0
+    if not any(weights):
+        raise RowError("nothing_to_train_on", "every assistant turn has the weight 0 or isn't asked for")
+    return weights
+
+
 def select_spans(
-    text: str, spans: list[Span], messages: list[dict], train_on: Literal["all", "last"], mask_thinking: bool
+    text: str, spans: list[Span], loss_weights: list[float], mask_thinking: bool
 ) -> tuple[list[Span], list[float]]:
     """The spans that are supervised, each with its loss weight.
 
     Args:
         spans: one for each assistant message.
-        train_on: supervise all turns, or the last one alone.
+        loss_weights: one for each assistant message.
         mask_thinking: cut thinking blocks out of the spans.
 
     Raises:
         RowError: nothing is left.
     """
-    loss_weights = [float(m.get("weight", 1.0)) for m in messages if m["role"] == "assistant"]
     weighted = list(zip(spans, loss_weights, strict=True))
-    if train_on == "last":
-        weighted = weighted[-1:]
     if mask_thinking:
         weighted = [(part, weight) for span, weight in weighted for part in _without_thinking(text, span)]
     kept = [(span, weight) for span, weight in weighted if weight > 0]
@@ -85,7 +107,7 @@ def label(supervised: SupervisedText, tokens: tuple[np.ndarray, list[int]] | Non
         labels[first:last] = ids[first:last]
         if loss_weights is not None:
             loss_weights[first:last] = weight
-    return Example(ids, labels, loss_weights, MARK_START in supervised.text, supervised.not_rendered)
+    return Example(ids, labels, loss_weights, MARK_START in supervised.text, supervised.remarks)
 
 
 def _without_thinking(text: str, span: Span) -> list[Span]:

@@ -1,5 +1,6 @@
 """Locate assistant turns by the generation tags of a chat template."""
 
+from dft.chat.generation_prompt import GenerationPrompt
 from dft.chat.template import PROBE, TEMPLATE_ERRORS, ChatTemplate, Span
 from dft.reading.rows import RowError
 
@@ -14,6 +15,7 @@ class TagFinder:
     def __init__(self, template: ChatTemplate):
         self._template = template
         self._control = template.control
+        self._prompt = GenerationPrompt(template)
         self._plain_ends: set[str] = set()  # the tokens that end turns without tool calls
         self._plain_ends = self._learn_plain_ends()
 
@@ -37,10 +39,18 @@ class TagFinder:
         text, tagged = self._template.render_tagged(messages, tools, template_kwargs)
         spans: list[Span] = []
         for start, end in tagged:
-            if spans and spans[-1][1] == start:  # the template writes one turn in several pairs of tags
-                start = spans.pop()[0]
+            if spans and self._is_unfinished(text, spans[-1], start):
+                start = spans.pop()[0]  # the template writes one turn in several pairs of tags
             spans.append((start, end))
-        return text, [(start, self._end_of_turn(text, start, end)) for start, end in spans]
+        spans = [(start, self._end_of_turn(text, start, end)) for start, end in spans]
+        return text, self._prompt.begin_behind(text, spans, messages, tools, template_kwargs)
+
+    def _is_unfinished(self, text: str, span: Span, start_of_next: int) -> bool:
+        """Whether a tagged text and the one after it belong to one turn: no control token is between them."""
+        last = self._control.trailing.search(text, *span)
+        if last and (last[1] in self._plain_ends or not self._plain_ends):
+            return False
+        return self._control.unmarked.search(text, span[1], start_of_next) is None
 
     def _end_of_turn(self, text: str, start: int, end: int) -> int:
         inside = self._control.trailing.search(text, start, end)

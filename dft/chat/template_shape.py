@@ -1,19 +1,16 @@
 """Learn how a chat template writes assistant turns, by rendering small conversations that most templates take."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from dft.chat.anchors import Anchor, render_anchored, start_of_next
-from dft.chat.template import TEMPLATE_ERRORS, ChatTemplate
+from dft.chat.generation_prompt import ANSWER, QUESTION, common_length
+from dft.chat.template import CALLING, TEMPLATE_ERRORS, ChatTemplate
 
-QUESTION = {"role": "user", "content": "question"}
 OTHER_QUESTION = {"role": "user", "content": "other"}
-ANSWER = {"role": "assistant", "content": "answer"}
 THINKING = {**ANSWER, "reasoning_content": "reasons"}
 TOOL = {"type": "function", "function": {"name": "probe_tool", "description": "d", "parameters": {}}}
-CALL = {"id": "aBc123xYz", "type": "function", "function": {"name": "probe_tool", "arguments": {"key": "value"}}}
-CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
-RESULT = {"role": "tool", "content": "result", "name": "probe_tool", "tool_call_id": CALL["id"]}
 
 
 @dataclass(frozen=True)
@@ -35,9 +32,12 @@ class TemplateShape:
     inside: frozenset[str] = frozenset()
 
 
-def learn_shape(template: ChatTemplate) -> TemplateShape:
-    """Learns the shape of a template's turns; a probe that the template refuses teaches nothing."""
-    header = _generation_prompt(template)
+def learn_shape(template: ChatTemplate, header: str) -> TemplateShape:
+    """Learns the shape of a template's turns; a probe that the template refuses teaches nothing.
+
+    Args:
+        header: see TemplateShape.
+    """
     plain_ends = _plain_ends(template)
     plain = _probe(template, [QUESTION, ANSWER])
     if plain is None:
@@ -47,7 +47,7 @@ def learn_shape(template: ChatTemplate) -> TemplateShape:
     tokens = list(template.control.unmarked.finditer(before_answer))
     plain_header = before_answer[tokens[-1].start() :] if tokens else before_answer
     thinking = _probe(template, [QUESTION, THINKING])
-    calling = _probe(template, [QUESTION, CALLING, RESULT, ANSWER], [TOOL])
+    calling = _probe(template, [*CALLING, ANSWER], [TOOL]) or _probe(template, CALLING[:2], [TOOL])
     openers = [_opener(*probe, before_answer) for probe in (thinking, calling) if probe]
     return TemplateShape(
         header=header,
@@ -58,16 +58,32 @@ def learn_shape(template: ChatTemplate) -> TemplateShape:
     )
 
 
-def end_of_turn(template: ChatTemplate, shape: TemplateShape, text: str, position: int, limit: int) -> int | None:
+def end_of_turn(
+    template: ChatTemplate,
+    shape: TemplateShape,
+    text: str,
+    position: int,
+    limit: int,
+    without_the_rest: Callable[[], str] = str,
+) -> int | None:
     """The end of the token that ends a turn.
+
+    It is one that ends turns without calls; or else the last one that the template writes where the conversation ends
+    with this turn; or else the first one that does not stand inside turns.
 
     Args:
         position: where the last text of the turn ends.
         limit: where the text of the next message starts.
+        without_the_rest: renders the conversation up to this turn.
     """
-    tokens = [m for m in template.control.unmarked.finditer(text, position, limit) if m[0] not in shape.inside]
-    end = next((m for m in tokens if m[0] in shape.plain_ends), tokens[0] if tokens else None)
-    return end.end() if end else None
+    tokens = list(template.control.unmarked.finditer(text, position, limit))
+    outside = [token for token in tokens if token[0] not in shape.inside]
+    plain = next((token.end() for token in outside if token[0] in shape.plain_ends), None)
+    if plain is not None or not tokens:
+        return plain
+    shown = common_length(template, text, without_the_rest())
+    own = [token.end() for token in tokens if token.end() <= shown]
+    return own[-1] if own else outside[0].end() if outside else None
 
 
 def _probe(template: ChatTemplate, messages: list[dict], tools: list | None = None) -> tuple[str, list[Anchor]] | None:
@@ -77,20 +93,6 @@ def _probe(template: ChatTemplate, messages: list[dict], tools: list | None = No
     except TEMPLATE_ERRORS:
         return None
     return (text, anchors) if {0, 1} <= {a.number for a in anchors} else None
-
-
-def _generation_prompt(template: ChatTemplate) -> str:
-    """The generation prompt without the opening of a thinking block, which belongs to the turn."""
-    try:
-        without = template.render([QUESTION])
-        prompted = template.render([QUESTION], add_generation_prompt=True)
-    except TEMPLATE_ERRORS:
-        return ""
-    start = next((i for i, (a, b) in enumerate(zip(without, prompted, strict=False)) if a != b), len(without))
-    for match in template.control.unmarked.finditer(prompted):
-        if match.start() < start < match.end():  # the texts differ in the middle of a token
-            start = match.start()
-    return prompted[start:].partition("<think>")[0].rstrip(" ")
 
 
 def _plain_ends(template: ChatTemplate) -> frozenset[str]:
@@ -113,8 +115,7 @@ def _plain_ends(template: ChatTemplate) -> frozenset[str]:
 
 def _opener(text: str, anchors: list[Anchor], before_answer: str) -> str:
     """What stands before the first text of message 1, beyond what stands before a plain answer."""
-    first = next(a for a in anchors if a.number == 1)
-    leading = text[anchors[0].end : first.start]
+    leading = _before_turn(text, anchors)
     if not leading.startswith(before_answer):
         return ""
     return leading.removeprefix(before_answer).partition("probe_tool")[0]
@@ -127,5 +128,11 @@ def _tokens_inside(
     last = [a for a in anchors if a.number == 1][-1]
     limit = start_of_next(anchors, 1, text)
     end = end_of_turn(template, TemplateShape(plain_ends=plain_ends), text, last.end, limit)
-    tokens = template.control.unmarked.finditer(text, anchors[0].end + len(before_answer), end or limit)
+    header = os.path.commonprefix([before_answer, _before_turn(text, anchors)])
+    tokens = template.control.unmarked.finditer(text, anchors[0].end + len(header), end or limit)
     return frozenset(m[0] for m in tokens if end is None or m.end() < end)
+
+
+def _before_turn(text: str, anchors: list[Anchor]) -> str:
+    """What stands between the question and the first text of message 1."""
+    return text[anchors[0].end : next(a for a in anchors if a.number == 1).start]

@@ -10,6 +10,7 @@ themselves have no token.
 """
 
 import copy
+import json
 import re
 from collections.abc import Iterable
 
@@ -17,10 +18,11 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from dft.chat.control_tokens import MARK_START, MARKS, one_of, special_tokens
+from dft.chat.control_tokens import MARK_START, MARKS, one_of
 from dft.chat.word_encoder import WordEncoder, encode_batch
 from dft.chat.word_splits import can_split_at_spaces
 
+NO_NORMALIZER = {"type": "Sequence", "normalizers": []}  # DeepSeek's
 MAX_CACHED_CHARACTERS = 4_000_000
 # The tokenizers library takes these for white space; str.strip also takes U+001C to U+001F.
 WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
@@ -36,32 +38,33 @@ class TextEncoder:
 
     Args:
         tokenizer: a fast tokenizer. What it adds to a text by itself (BOS) is left out: templates write it.
+        control: its control tokens, {text: id}, see ControlTokens.
 
     Attributes:
-        special: the control tokens, {text: id}.
+        control: the same.
         can_segment: whether this tokenizer's segments are independent. If not, whole texts are tokenized, and
             texts with marks can't be encoded.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        added = tokenizer.added_tokens_decoder
-        self.special = special_tokens(tokenizer)
-        names = one_of(self.special)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, control: dict[str, int]):
+        self.control = control
+        names = one_of(control)
         self._split = re.compile(f"({names})")
         self._split_unmarked = re.compile(f"(?<!{MARK_START})({names})")  # slower: the lookbehind costs time
-        self._special_ids = np.array(sorted(self.special.values()), dtype=np.int32)
+        self._control_ids = np.array(sorted(control.values()), dtype=np.int32)
         # these control tokens take the white space beside them
-        self._strips_before = {token.content for token in added.values() if token.special and token.lstrip}
-        self._strips_after = {token.content for token in added.values() if token.special and token.rstrip}
-        self._backend, self._backend_at_start = _backends(tokenizer.backend_tokenizer)
+        added = [token for token in tokenizer.added_tokens_decoder.values() if token.content in control]
+        self._strips_before = {token.content for token in added if token.lstrip}
+        self._strips_after = {token.content for token in added if token.rstrip}
+        self._backend, self._backend_at_start = _backends(_as_special(tokenizer.backend_tokenizer, control))
         self._cache: dict[str, np.ndarray] = {}  # segment -> ids, int32 [T]
         self._cached_characters = 0
         self._words = WordEncoder(self._backend) if can_split_at_spaces(self._backend) else None
         self.can_segment = True
-        self.can_segment = _splits_at_control_tokens(tokenizer) and self._agrees_with_whole_text()
+        self.can_segment = _splits_at_control_tokens(tokenizer, control) and self._agrees_with_whole_text()
 
     def _agrees_with_whole_text(self) -> bool:
-        names = list(self.special)
+        names = list(self.control)
         pairs = zip(names, names[1:] + names[:1], strict=True)
         texts = [PROBE.format(*pair) for pair in pairs] + ["a b\n c", " a"]
         return all(np.array_equal(self.encode([t], [[]])[0][0], self._encode_whole(t, [])[0]) for t in texts)
@@ -104,7 +107,7 @@ class TextEncoder:
             start = position
             position += len(part)
             if i % 2:  # re.split puts the control tokens at the odd places
-                segments.append(self.special[part])
+                segments.append(self.control[part])
                 starts.append(text_end if part in self._strips_before else start)
                 continue
             if i > 0 and parts[i - 1] in self._strips_after:
@@ -149,7 +152,7 @@ class TextEncoder:
             for segment in segments
         ]
         for segment, ids in zip(segments, parts, strict=True):
-            if isinstance(segment, str) and MARK_START in segment and np.isin(ids, self._special_ids).any():
+            if isinstance(segment, str) and MARK_START in segment and np.isin(ids, self._control_ids).any():
                 return None
         ends = np.cumsum([0] + [len(ids) for ids in parts])
         tokens = [
@@ -217,18 +220,29 @@ def _backends(backend: Tokenizer) -> tuple[Tokenizer, Tokenizer]:
     return inside, backend
 
 
-def _splits_at_control_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
+def _as_special(backend: Tokenizer, control: dict[str, int]) -> Tokenizer:
+    """The tokenizer with all of its control tokens marked as special, so that it can take them as text."""
+    if all(t.special for t in backend.get_added_tokens_decoder().values() if t.content in control):
+        return backend
+    state = json.loads(backend.to_str(pretty=False))
+    for token in state["added_tokens"]:
+        token["special"] |= token["content"] in control
+    return Tokenizer.from_str(json.dumps(state))
+
+
+def _splits_at_control_tokens(tokenizer: PreTrainedTokenizerBase, control: dict[str, int]) -> bool:
     """Whether the tokenizer splits at a control token wherever its characters stand."""
     added = tokenizer.added_tokens_decoder.values()
-    special = [token for token in added if token.special]
-    others = [token.content for token in added if not token.special]
-    strips = any(token.lstrip or token.rstrip for token in special)
-    if strips and any(t.content != t.content.strip() or t.lstrip or t.rstrip for t in added if not t.special):
+    own = [token for token in added if token.content in control]
+    others = [token for token in added if token.content not in control]
+    strips = any(token.lstrip or token.rstrip for token in own)
+    if strips and any(t.content != t.content.strip() or t.lstrip or t.rstrip for t in others):
         return False  # a control token and another token may claim the same white space
-    has_normalizer = tokenizer.backend_tokenizer.normalizer is not None
-    if any(token.single_word or (token.normalized and has_normalizer) for token in special):
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    normalizes = normalizer is not None and json.loads(normalizer.__getstate__()) != NO_NORMALIZER
+    if any(token.single_word or (token.normalized and normalizes) for token in own):
         return False
-    return not any(_overlap(other, token.content) for token in special for other in others)
+    return not any(_overlap(other.content, token.content) for token in own for other in others)
 
 
 def _overlap(other: str, control: str) -> bool:

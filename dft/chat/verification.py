@@ -1,17 +1,25 @@
 """Verify that a rendered text shows all of its conversation, and each assistant turn inside its span."""
 
 import json
+import re
 from typing import Any
 
-from dft.chat.control_tokens import MARKS
+from dft.chat.control_tokens import MARK_END, MARK_START, MARKS
 from dft.chat.template import Span
-from dft.reading.messages import function_of
+from dft.reading.messages import REASONING_KEYS, function_of
 from dft.reading.rows import RowError
 from dft.reading.strict_json import decode_text
 
+OPENING, CLOSING = (f"{MARK_START}?<{slash}think>{MARK_END}?" for slash in ("", "/"))
+THINKING_BLOCK = re.compile(rf"\s*{OPENING}(.*?){CLOSING}(.*)", re.DOTALL)
+UNOPENED_BLOCK = re.compile(rf"((?:(?!<think>).)*?)\n[ \t]*{CLOSING}[ \t]*(?=\n|\Z)(.*)", re.DOTALL)
 
-def verify(text: str, spans: list[Span], messages: list[dict]) -> None:
+
+def verify(text: str, spans: list[Span], messages: list[dict]) -> list[bool]:
     """Checks that every assistant turn is inside its span, in order, and every other message is in the text.
+
+    Returns:
+        for each turn whether its thinking is left out; templates do so with the thinking of earlier turns.
 
     Raises:
         RowError: with what is missing.
@@ -20,44 +28,62 @@ def verify(text: str, spans: list[Span], messages: list[dict]) -> None:
     if len(turns) != len(spans):
         raise RowError("unverified_mask", f"{len(turns)} assistant turns, {len(spans)} found in the render")
     position = 0
+    lacks_thinking = []
     for turn, (start, end) in zip(turns, spans, strict=True):
         if start < position:
             raise RowError("unverified_mask", "two assistant turns overlap in the render")
         position = end
-        _verify_turn(turn, text[start:end])
+        lacks_thinking.append(_verify_turn(turn, text[start:end]))
     for message in messages:
         content = (message.get("content") or "").strip()
         if message["role"] != "assistant" and not _is_shown(content, text):
             raise RowError("message_not_rendered", f"the template leaves out a {message['role']} message")
+    return lacks_thinking
 
 
-def not_rendered(text: str, messages: list[dict], tools: list | None) -> tuple[str, ...]:
-    """The columns that the conversation has and the chat template never shows."""
-    shown = {
-        "reasoning_content": [m["reasoning_content"].strip() for m in messages if m.get("reasoning_content")],
-        "tools": [str(function_of(tool).get("name")) for tool in tools or []],
-    }
-    if any(shown.values()):
-        text = MARKS.sub("", text)
-    return tuple(name for name, parts in shown.items() if parts and not any(part in text for part in parts))
+def tools_not_rendered(text: str, tools: list | None) -> bool:
+    """Whether the conversation has tools, and the render none of their names."""
+    names = [str(function_of(tool).get("name")) for tool in tools or []]
+    if not names:
+        return False
+    text = MARKS.sub("", text)
+    return not any(name in text for name in names)
 
 
-def _verify_turn(turn: dict, text: str) -> None:
-    """Checks that the text of a span has the content of its turn and all its tool calls, in order, with arguments."""
+def split_thinking(content: str) -> tuple[str, str] | None:
+    """The thinking at the beginning of a content and the answer behind it; None for a content without such a block.
+
+    A block without its opening tag counts where the closing one has a line of its own. In other places "</think>" is
+    a word of the answer.
+    """
+    match = THINKING_BLOCK.match(content) or UNOPENED_BLOCK.match(content)
+    return (match[1].strip(), match[2].strip()) if match else None
+
+
+def _verify_turn(turn: dict, shown: str) -> bool:
+    """Checks that a span has the content of its turn and all its tool calls; returns whether it lacks its thinking."""
     content = (turn.get("content") or "").strip()
-    calls = turn.get("tool_calls") or []
-    # templates of reasoning models leave the thinking of earlier turns out
-    answer = content.split("</think>")[-1].strip()
-    if content not in text and (answer not in text or not (answer or calls)):
-        raise RowError("unverified_mask", f"an assistant turn is not in the render: {content[:60]!r}")
-    text = text.replace(content, "", 1)
+    thinking, answer = ("", content) if content in shown else split_thinking(content) or ("", content)
+    if answer not in shown:
+        raise RowError("unverified_mask", f"an assistant turn is not in the render, or not whole: {content[:60]!r}")
+    lacks_thinking = any(text not in shown for text in (thinking, *_reasoning(turn)))
+    text = shown.replace(content, "", 1)
     position = 0
-    for function in map(function_of, calls):
+    for function in map(function_of, turn.get("tool_calls") or []):
         name = function.get("name", "")
         found = text.find(name, position)
         if found < 0 or not all(_is_shown(value, text) for value in _leaves(function.get("arguments"))):
-            raise RowError("unverified_mask", f"the call of tool {name!r} is not in its turn, or not whole")
+            raise RowError(
+                "unverified_mask",
+                f"the chat template doesn't show the call of tool {name!r}, or not whole: give one that does with "
+                "--chat_template FILE",
+            )
         position = found + len(name)
+    return lacks_thinking
+
+
+def _reasoning(turn: dict) -> list[str]:
+    return [turn[key].strip() for key in REASONING_KEYS if isinstance(turn.get(key), str)]
 
 
 def _is_shown(value: Any, text: str) -> bool:

@@ -1,8 +1,9 @@
 """Settings of the data: which files, which rows of them, and how they become tokens."""
 
+import json
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from dft.config.options import option, required
 from dft.errors import UserError
@@ -13,9 +14,19 @@ Truncation = Literal["right", "left", "drop", "error"]
 DataValidation = Literal["standard", "strict", "lenient"]
 Channels = Literal["auto", "file", "field", "none"]
 TrainOn = Literal["all", "last"]
+EmptyTurns = Literal["keep", "skip_turn", "drop_row"]
 
 FORMATS: tuple[str, ...] = get_args(DataFormat)
 ROLES: tuple[str, ...] = get_args(Role)
+RESERVED_ARGUMENTS = (  # arguments of a chat template that the trainer sets itself
+    "add_generation_prompt",
+    "chat_template",
+    "continue_final_message",
+    "conversations",
+    "messages",
+    "return_assistant_tokens_mask",
+    "tools",
+)
 MAX_CHANNELS = 50  # --channels auto makes no more of them: each has a chart, and somebody has to look at it
 
 
@@ -51,6 +62,11 @@ class DataConfig:
     drop_leaked: bool = option("Don't train on rows that have the prompt of an evaluation row.", False)
     train_on: TrainOn = option("Assistant turns that are supervised: all, or the last of a row.", "all")
     mask_thinking: bool = option("Don't supervise thinking blocks (<think> … </think> and their like).", False)
+    empty_turns: EmptyTurns = option(
+        "Assistant turns without text, reasoning and tool calls: supervise their end-of-turn token (keep), don't "
+        "supervise them (skip_turn), or drop the row (drop_row).",
+        "keep",
+    )
     validation_split_percentage: float = option(
         "Share of the training rows held out for evaluation, in percent, from 0 to below 100. Not used with "
         "--eval_data_files.",
@@ -63,6 +79,10 @@ class DataConfig:
         "right",
     )
     chat_template: str | None = option("File with a Jinja chat template that replaces the tokenizer's own.")
+    chat_template_kwargs: str | None = option(
+        "Arguments of the chat template for all rows, as a JSON object: '{\"enable_thinking\": false}'. Those of a row "
+        "(its column chat_template_kwargs) take precedence."
+    )
     data_validation: DataValidation = option(
         "standard: malformed rows stop the run, rows without anything to learn are dropped. strict: both stop. "
         "lenient: both are dropped. Whatever is dropped is counted and written to rejected.jsonl.",
@@ -97,8 +117,28 @@ class DataConfig:
         pairs = [pair.split("=") for pair in self.role_map or []]
         if any(len(pair) != 2 or not pair[0] or pair[1] not in ROLES for pair in pairs):
             raise UserError(f"--role_map is {self.role_map}; write NAME=ROLE, with a ROLE of {', '.join(ROLES)}")
+        self._check_template_kwargs()
         if self.preprocessing_num_workers < 1:
             raise UserError(f"--preprocessing_num_workers is {self.preprocessing_num_workers}; it must be at least 1")
+
+    def _check_template_kwargs(self) -> None:
+        try:
+            kwargs = self.template_kwargs
+        except ValueError as error:
+            raise UserError(f"--chat_template_kwargs {self.chat_template_kwargs} is not JSON: {error}") from error
+        if not isinstance(kwargs, dict):
+            raise UserError(
+                f"--chat_template_kwargs {self.chat_template_kwargs} must be a JSON object, such as "
+                """'{"enable_thinking": false}'"""
+            )
+        reserved = [name for name in kwargs if name in RESERVED_ARGUMENTS]
+        if reserved:
+            raise UserError(f"--chat_template_kwargs can't hold {reserved[0]!r}, which the trainer gives the template")
+
+    @property
+    def template_kwargs(self) -> dict[str, Any]:
+        """--chat_template_kwargs as an object."""
+        return json.loads(self.chat_template_kwargs or "{}")
 
     @property
     def roles(self) -> dict[str, str]:

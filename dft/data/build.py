@@ -118,7 +118,7 @@ def _file_statistics(
             supervised=int(kept.supervised.sum()),
             truncated=kept.truncated,
             control_text=kept.control_text,
-            not_rendered=kept.not_rendered,
+            remarks=kept.remarks,
         )
         for i, (reader, kept) in enumerate(zip(readers, statistics, strict=True))
     ]

@@ -139,7 +139,7 @@ class RowStatistics:
     line: np.ndarray  # int64 [K]
     truncated: int  # rows
     control_text: int  # rows with control tokens in their own text
-    not_rendered: Counter[str]  # column -> rows whose chat template never shows it
+    remarks: Counter[str]  # see dft.chat.remarks
     channel: np.ndarray  # str [K], what their own field `channel` names, "" for none
 
 
@@ -206,7 +206,7 @@ def stack_examples(results: list[Example | RejectedRow], rows: list[Conversation
         line=np.array([rows[i].line for i in places], dtype=np.int64),
         truncated=sum(row.is_truncated for row in examples),
         control_text=sum(row.has_control_text for row in examples),
-        not_rendered=Counter(name for row in examples for name in row.not_rendered),
+        remarks=Counter(name for row in examples for name in row.remarks),
         channel=np.array([rows[i].channel for i in places], dtype=str),
     )
     return Tokenized(
@@ -272,7 +272,7 @@ def merge(parts: list[RowStatistics]) -> RowStatistics:
         line=_concatenate([part.line for part in parts]),
         truncated=sum(part.truncated for part in parts),
         control_text=sum(part.control_text for part in parts),
-        not_rendered=sum((part.not_rendered for part in parts), Counter()),
+        remarks=sum((part.remarks for part in parts), Counter()),
         channel=_concatenate([part.channel for part in parts]),
     )
 

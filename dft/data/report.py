@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from dft.chat.remarks import describe_remark
 from dft.constants import IGNORE_INDEX
+from dft.data.names import file_labels
 
 PERCENTILES = {"min": 0, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "p99": 99, "max": 100}
 GREEN, GRAY, PLAIN = "\033[32m", "\033[90m", "\033[0m"
@@ -34,7 +36,7 @@ class FileStatistics:
     supervised: int  # tokens
     truncated: int
     control_text: int
-    not_rendered: Counter[str]
+    remarks: Counter[str]  # see dft.chat.remarks
 
 
 @dataclass
@@ -54,8 +56,8 @@ def make_report(files: list[FileStatistics]) -> dict[str, Any]:
     """The report: {"files": [one entry for each file], "total": the same over all files}.
 
     An entry holds path, format, rows_read, kept, not_sampled, rejected {reason: count}, duplicates, leaked,
-    tokens, supervised_tokens, truncated and control_tokens_in_text (rows), not_rendered {column: rows whose
-    chat template never shows it}, and length_percentiles (tokens).
+    tokens, supervised_tokens, truncated and control_tokens_in_text (rows), remarks {name: count}, see
+    dft.chat.remarks, and length_percentiles (tokens).
     """
     total = FileStatistics(
         path="total",
@@ -69,7 +71,7 @@ def make_report(files: list[FileStatistics]) -> dict[str, Any]:
         supervised=sum(file.supervised for file in files),
         truncated=sum(file.truncated for file in files),
         control_text=sum(file.control_text for file in files),
-        not_rendered=sum((file.not_rendered for file in files), Counter()),
+        remarks=sum((file.remarks for file in files), Counter()),
     )
     return {"files": [_entry(file) for file in files], "total": _entry(total)}
 
@@ -91,7 +93,7 @@ def _entry(file: FileStatistics) -> dict[str, Any]:
         "supervised_tokens": file.supervised,
         "truncated": file.truncated,
         "control_tokens_in_text": file.control_text,
-        "not_rendered": dict(file.not_rendered),
+        "remarks": dict(file.remarks.most_common()),
         "length_percentiles": {n: int(np.percentile(file.lengths, q)) for n, q in PERCENTILES.items()} if kept else {},
     }
 
@@ -110,11 +112,13 @@ def report_cells(report: dict[str, Any]) -> list[tuple[str, ...]]:
     names = ("file", "format", "rows", "kept", "dropped", "duplicates", "tokens", "supervised")
     lines = [(*names, "p50", "p95", "max", "truncated", "padding")]
     files = report["files"]
-    for entry in [*files, report["total"]] if len(files) > 1 else files:
+    names_of_files = file_labels([entry["path"] for entry in files])
+    entries = [*files, report["total"]] if len(files) > 1 else files
+    for name, entry in zip([*names_of_files, "total"], entries, strict=False):
         lengths, waste = entry["length_percentiles"], entry.get("padding_waste")
         lines.append(
             (
-                Path(entry["path"]).name,
+                name,
                 entry["format"],
                 f"{entry['rows_read']:,}",
                 f"{entry['kept']:,}",
@@ -150,8 +154,7 @@ def report_notes(report: dict[str, Any]) -> list[str]:
         notes.append(
             f"control tokens stand in the text of {total['control_tokens_in_text']:,} rows: kept as plain text"
         )
-    for column, count in total["not_rendered"].items():
-        notes.append(f"the chat template never shows {column!r}, which {count:,} rows have: nothing of it is learnt")
+    notes += [describe_remark(name, count) for name, count in total["remarks"].items()]
     if "steps_per_epoch" in total:
         batches = total["batching"].replace("_", "-")
         if "bins" in total:

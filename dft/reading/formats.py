@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from dft.config.data import RESERVED_ARGUMENTS
 from dft.reading.messages import decode_json_field, read_messages
 from dft.reading.raw_rows import read_rows
 from dft.reading.rows import Conversation, RawRow, RejectedRow, RowError, malformed
@@ -26,20 +27,11 @@ COLUMNS = {  # the columns that tell a format from the others
     "prompt_completion": ("prompt", "completion"),
 }
 USED_COLUMNS = {  # the columns that are checked and used; all others may hold anything
-    "messages": ("messages", "tools", "chat_template_kwargs"),
+    "messages": ("messages", "tools", "functions", "chat_template_kwargs"),
     "sharegpt": ("conversations", "system", "tools", "chat_template_kwargs"),
     "alpaca": ("instruction", "input", "output", "system", "history", "chat_template_kwargs"),
     "prompt_completion": ("prompt", "completion", "tools", "chat_template_kwargs"),
 }
-RESERVED_ARGUMENTS = (  # arguments of a chat template that the trainer sets itself
-    "add_generation_prompt",
-    "chat_template",
-    "continue_final_message",
-    "conversations",
-    "messages",
-    "return_assistant_tokens_mask",
-    "tools",
-)
 DETECTION_ROWS = 100  # the format of a file is detected from so many rows at its start
 MAX_CHANNEL_LENGTH = 64  # characters; a longer text in the field `channel` is not the name of a source
 
@@ -88,7 +80,8 @@ class RowReader:
         for column, value in row.items():
             validate_value(value, repr(column))
         template_kwargs = _template_kwargs(row["chat_template_kwargs"])
-        return CONVERTERS[self.format](row, self.role_map), _tools(row.get("tools")), template_kwargs
+        tools = _tools(row.get("tools") if row.get("tools") is not None else _functions(row.get("functions")))
+        return CONVERTERS[self.format](row, self.role_map), tools, template_kwargs
 
 
 def _missing(column: str, row: dict) -> str:
@@ -112,12 +105,23 @@ def _template_kwargs(kwargs: Any) -> dict[str, Any] | None:
 
 
 def _tools(tools: Any) -> list[dict] | None:
-    """The tools of a row, None for none; ShareGPT keeps them as JSON in a text."""
+    """The tools of a row, None for none; ShareGPT keeps them as JSON in a text, and often as bare functions."""
     if isinstance(tools, str) and tools:
         tools = decode_json_field(tools, "'tools'")
     if tools not in (None, "") and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise malformed("'tools' must be a list of JSON schemas")
-    return tools or None
+    if not tools:
+        return None
+    is_bare = [isinstance(tool.get("name"), str) and "function" not in tool for tool in tools]
+    return [
+        {"type": "function", "function": tool} if bare else tool for tool, bare in zip(tools, is_bare, strict=True)
+    ]
+
+
+def _functions(value: Any) -> Any:
+    """The column `functions`, where OpenAI's older API has the tools; None where it holds something else."""
+    is_list = isinstance(value, list) and all(isinstance(item, dict) and "name" in item for item in value)
+    return value if is_list else None
 
 
 def _channel(value: Any) -> str:
@@ -231,7 +235,8 @@ CONVERTERS: dict[str, Callable[[dict[str, Any], dict[str, str]], list[dict[str, 
 
 
 def _system(row: dict[str, Any]) -> list[dict[str, Any]]:
-    return [{"role": "system", "content": _text(row, "system")}] if row["system"] not in (None, "") else []
+    text = "" if row["system"] is None else _text(row, "system")
+    return [{"role": "system", "content": text}] if text.strip() else []
 
 
 def _text(row: dict[str, Any], column: str) -> str:

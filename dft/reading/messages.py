@@ -14,6 +14,8 @@ SHAREGPT_ROLES = {
     "system": "system",
     "function_call": "assistant",  # the value of this message is the call itself
 }
+OLDER_ROLES = {"function": "tool"}  # OpenAI's older API
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # what servers and templates call it
 
 
 def read_messages(messages: Any, column: str, role_map: dict[str, str]) -> list[dict[str, Any]]:
@@ -28,7 +30,10 @@ def read_messages(messages: Any, column: str, role_map: dict[str, str]) -> list[
     """
     if not isinstance(messages, list) or not messages:
         raise malformed(f"{column!r} must be a list of messages, not {kind(messages)}")
-    return [_read_message(message, f"{column}[{i}]", role_map) for i, message in enumerate(messages)]
+    read = [_read_message(message, f"{column}[{i}]", role_map) for i, message in enumerate(messages)]
+    if read[0]["role"] == "system" and not read[0]["content"].strip() and len(read) > 1:
+        return read[1:]  # it says nothing, and templates differ in what they make of it
+    return read
 
 
 def _read_message(message: Any, place: str, role_map: dict[str, str]) -> dict[str, Any]:
@@ -39,16 +44,23 @@ def _read_message(message: Any, place: str, role_map: dict[str, str]) -> dict[st
     if "from" in message and "role" not in message:
         message = _from_sharegpt(message, place, role_map)
     role = message.get("role")
-    role = role_map.get(role, role) if isinstance(role, str) else role
+    role = role_map.get(role, OLDER_ROLES.get(role, role)) if isinstance(role, str) else role
     if role not in ROLES:
         raise malformed(f"{place} has the role {role!r:.60}; allowed are {', '.join(ROLES)} (--role_map NAME=ROLE)")
-    _check_tool_calls(message.get("tool_calls"), place)
-    reasoning = message.get("reasoning_content", "")
-    if not isinstance(reasoning, str):
-        raise malformed(f"{place}: 'reasoning_content' must be text, not {kind(reasoning)}")
-    may_be_null = role == "assistant" and bool(message.get("tool_calls"))
+    message = _with_tool_calls(message, place)
+    message = _with_one_reasoning(message, place)
+    may_be_null = role == "assistant" and "tool_calls" in message
     content = _content(message.get("content"), place, may_be_null)
     return {**message, "role": role, "content": content, **_loss_weight(message, place)}
+
+
+def is_empty(message: dict[str, Any]) -> bool:
+    """Whether an assistant message says nothing: no text but white space, no reasoning and no tool call."""
+    return not (
+        message["content"].strip()
+        or message.get("tool_calls")
+        or any((message.get(key) or "").strip() for key in REASONING_KEYS)
+    )
 
 
 def _from_sharegpt(message: dict[str, Any], place: str, role_map: dict[str, str]) -> dict[str, Any]:
@@ -63,9 +75,37 @@ def _from_sharegpt(message: dict[str, Any], place: str, role_map: dict[str, str]
     return {**rest, "role": role, "content": value}
 
 
+def _with_tool_calls(message: dict[str, Any], place: str) -> dict[str, Any]:
+    """The message with `tool_calls` only where it has calls; OpenAI's older API has one `function_call`."""
+    function, calls = message.get("function_call"), message.get("tool_calls")
+    if calls not in (None, []):
+        _check_tool_calls(calls, place)
+        if function:
+            raise malformed(f"{place} has both 'tool_calls' and 'function_call'")
+        return message
+    message = {key: value for key, value in message.items() if key not in ("tool_calls", "function_call")}
+    if not function:
+        return message
+    calls = [{"type": "function", "function": function}]
+    _check_tool_calls(calls, place)
+    return {**message, "tool_calls": calls}
+
+
+def _with_one_reasoning(message: dict[str, Any], place: str) -> dict[str, Any]:
+    """The message with its reasoning under `reasoning_content`, whatever it is called there."""
+    found = [key for key in REASONING_KEYS if key in message]
+    texts = [message[key] for key in found if isinstance(message[key], str) and message[key].strip()]
+    if "reasoning_content" in found and not isinstance(message["reasoning_content"], str):
+        raise malformed(f"{place}: 'reasoning_content' must be text, not {kind(message['reasoning_content'])}")
+    if len({text.strip() for text in texts}) > 1:
+        raise malformed(f"{place} has different texts under {' and '.join(map(repr, found))}")
+    if found in ([], ["reasoning_content"]):
+        return message
+    rest = {key: value for key, value in message.items() if key not in found or not isinstance(value, str)}
+    return {**rest, "reasoning_content": texts[0]} if texts else rest
+
+
 def _check_tool_calls(calls: Any, place: str) -> None:
-    if calls is None:
-        return
     if not isinstance(calls, list) or not all(isinstance(function_of(c).get("name"), str) for c in calls):
         raise malformed(f"{place}: 'tool_calls' must be a list of calls, each with a function name")
     for function in map(function_of, calls):

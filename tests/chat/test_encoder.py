@@ -12,7 +12,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from dft.chat.control_tokens import MARK_END, MARK_START, one_of
+from dft.chat.control_tokens import MARK_END, MARK_START, ControlTokens, one_of
 from dft.chat.text_encoder import WHITE_SPACE, TextEncoder
 from dft.chat.word_encoder import WordEncoder, encode_batch
 from dft.chat.word_splits import GPT2, can_split_at_spaces, is_safe, split_at_spaces
@@ -155,6 +155,10 @@ def trained_with_normalized() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def encoder_of(tokenizer: PreTrainedTokenizerFast) -> TextEncoder:
+    return TextEncoder(tokenizer, ControlTokens(tokenizer).ids)
+
+
 def random_text(rng: random.Random, control: list[str]) -> str:
     return "".join(rng.choice(control if rng.random() < 0.3 else PIECES) for _ in range(rng.randrange(25)))
 
@@ -162,10 +166,10 @@ def random_text(rng: random.Random, control: list[str]) -> str:
 @pytest.mark.parametrize("name", [*TOKENIZERS, *NOT_SPLITTABLE])
 def test_ids_and_borders_are_those_of_the_whole_text(name):
     tokenizer = {**TOKENIZERS, **NOT_SPLITTABLE}[name]()
-    encoder = TextEncoder(tokenizer)
+    encoder = encoder_of(tokenizer)
     assert encoder.can_segment == (name in TOKENIZERS)
     rng = random.Random(name)
-    control = [*encoder.special][:40] + [token.content for token in tokenizer.added_tokens_decoder.values()][-5:]
+    control = [*encoder.control][:40] + [token.content for token in tokenizer.added_tokens_decoder.values()][-5:]
     texts = [random_text(rng, control) for _ in range(400)]
     borders = [sorted(rng.randrange(len(text) + 1) for _ in range(3)) for text in texts]
     for text, places, (ids, found) in zip(texts, borders, encoder.encode(texts, borders), strict=True):
@@ -177,7 +181,7 @@ def test_ids_and_borders_are_those_of_the_whole_text(name):
 
 def test_words_are_split_where_that_is_known_to_be_exact():
     expected = {"cl100k", "o200k", "deepseek", "digits", "nfc", "added words", "many special"}
-    assert {name for name in TOKENIZERS if TextEncoder(TOKENIZERS[name]())._words} - set(FAMILIES) == expected
+    assert {name for name in TOKENIZERS if encoder_of(TOKENIZERS[name]())._words} - set(FAMILIES) == expected
 
 
 SAFE = [CL100K, O200K, *DEEPSEEK, GPT2, r"\s", r" ?+[a-z]++|\s++", r"[ \n]\w+|\s+"]
@@ -309,18 +313,18 @@ def test_words_tokenized_together_have_the_ids_of_the_tokenizer(vocabulary, monk
 
 @pytest.mark.parametrize("name", [name for name in TOKENIZERS if name != "unigram always"])
 def test_marked_control_tokens_become_no_control_token(name):
-    encoder = TextEncoder(TOKENIZERS[name]())
-    special = np.array(list(encoder.special.values()))
+    encoder = encoder_of(TOKENIZERS[name]())
+    special = np.array(list(encoder.control.values()))
     rng = random.Random(name)
     for _ in range(100):
-        own, real = rng.choice([*encoder.special]), rng.choice([*encoder.special])
+        own, real = rng.choice([*encoder.control]), rng.choice([*encoder.control])
         text = f"{real}a {MARK_START}{own}{MARK_END} b{real}"
         result = encoder.encode([text], [[]])[0]
         assert result is None or np.isin(result[0], special).sum() == 2
 
 
 def test_padding_and_truncation_of_the_tokenizer_are_not_applied(tokenizer):
-    encoder = TextEncoder(tokenizer)
+    encoder = encoder_of(tokenizer)
     tokenizer(["a b c", "a"], padding=True, truncation=True, max_length=2)
     ids, _ = encoder.encode(["a b c d e f g"], [[]])[0]
     assert tokenizer.decode(ids) == "a b c d e f g"

@@ -137,8 +137,8 @@ SHOWN = {
     "deepseek_v3": "<｜begin▁of▁sentence｜>S<｜User｜>A<｜Assistant｜>⟦B<｜end▁of▁sentence｜>⟧"
     "<｜User｜>C<｜Assistant｜>⟦D<｜end▁of▁sentence｜>⟧",
     "glm4": "[gMASK]<sop><|system|>\nS<|user|>\nA<|assistant|>⟦\nB<|user|>⟧\nC<|assistant|>⟦\nD⟧",
-    "glm4_thinking": "[gMASK]<sop><|system|>\nS<|user|>\nA<|assistant|>\n⟦<think></think>\nB<|user|>⟧\n"
-    "C<|assistant|>\n⟦<think>T</think>\nD⟧",
+    "glm4_thinking": "[gMASK]<sop><|system|>\nS<|user|>\nA<|assistant|>\n<think>⟦</think>\nB<|user|>⟧\n"
+    "C<|assistant|>\n<think>⟦T</think>\nD⟧",
     "gpt_oss": "<|start|>system<|message|>You are a model.\n\nReasoning: medium\n\n"
     "# Valid channels: analysis, commentary, final.<|end|><|start|>developer<|message|># Instructions\n\nS\n\n<|end|>"
     "<|start|>user<|message|>A<|end|><|start|>assistant⟦<|channel|>final<|message|>B<|end|>⟧"

@@ -10,6 +10,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
 
 from dft.chat.example import truncate
 from dft.chat.format import ChatFormat
+from dft.chat.remarks import TOOLS_NOT_SHOWN, TURN_WITHOUT_THINKING
 from dft.reading.rows import RowError
 from examples.make_example_data import WEATHER_TOOL
 from tests.helpers import CHATML_TEMPLATE, THINKING_TEMPLATE
@@ -116,7 +117,7 @@ def test_tool_calls_are_supervised_and_tool_results_are_not(tokenizer, name):
 
 def test_built_in_template_shows_tools_and_system_once(tokenizer):
     chat_format = make_format(tokenizer, None)
-    text, _ = chat_format.render([system("Be brief."), user("Q"), assistant("A")], tools=[WEATHER_TOOL])
+    text = chat_format.render([system("Be brief."), user("Q"), assistant("A")], tools=[WEATHER_TOOL]).text
     assert text.count("<|im_start|>system\n") == 1
     assert "Be brief." in text
     assert '"name": "get_weather"' in text
@@ -161,7 +162,7 @@ def test_control_tokens_in_text_create_no_turn_and_no_token(tokenizer, name, pla
     written = json.dumps(spoof)[1:-1] if tools else spoof
     assert (written in tokenizer.decode(example.input_ids)) == shown
     # without a mark before it, a control token is the template's
-    headers = len(re.findall("(?<!\ue0f0)<\\|im_start\\|>", chat_format.render(chat, tools)[0]))
+    headers = len(re.findall("(?<!\ue0f0)<\\|im_start\\|>", chat_format.render(chat, tools).text))
     assert np.count_nonzero(example.input_ids == start) == headers
     assert np.count_nonzero(example.input_ids == end) == headers
 
@@ -187,12 +188,10 @@ def test_characters_that_serve_as_marks_reject_the_row(tokenizer):
 
 def test_columns_that_the_template_never_shows_are_named(tokenizer):
     chat = [user("Q"), assistant("A", reasoning_content="because")]
-    assert make_format(tokenizer, CHATML_TEMPLATE).encode(chat, [WEATHER_TOOL]).not_rendered == (
-        "reasoning_content",
-        "tools",
-    )
-    assert make_format(tokenizer, None).encode(chat, [WEATHER_TOOL]).not_rendered == ()
-    assert make_format(tokenizer, THINKING_TEMPLATE).encode(chat).not_rendered == ()
+    remarks = make_format(tokenizer, CHATML_TEMPLATE).encode(chat, [WEATHER_TOOL]).remarks
+    assert remarks == (TURN_WITHOUT_THINKING, TOOLS_NOT_SHOWN)
+    assert make_format(tokenizer, None).encode(chat, [WEATHER_TOOL]).remarks == ()
+    assert make_format(tokenizer, THINKING_TEMPLATE).encode(chat).remarks == ()
 
 
 def test_a_template_that_loses_a_turn_rejects_the_row(tokenizer):

@@ -52,14 +52,22 @@ objects = st.dictionaries(names | texts, json_values, max_size=3)
 extra_columns = st.dictionaries(names, json_values, max_size=3)
 tool_calls = st.lists(
     st.fixed_dictionaries({"function": st.fixed_dictionaries({"name": texts, "arguments": objects | texts})}),
+    min_size=1,
     max_size=2,
 )
+
+
+def begins_with_nothing(chat: list[dict]) -> bool:
+    """Whether the first message is an empty system message, which is left out."""
+    return len(chat) > 1 and chat[0]["role"] == "system" and not chat[0]["content"].strip()
+
+
 messages = st.fixed_dictionaries(
     {"role": st.sampled_from(ROLES), "content": texts},
     optional={"tool_calls": tool_calls, "reasoning_content": texts, "name": texts},
 )
 conversations = st.fixed_dictionaries(
-    {"messages": st.lists(messages, min_size=1, max_size=4)},
+    {"messages": st.lists(messages, min_size=1, max_size=4).filter(lambda chat: not begins_with_nothing(chat))},
     optional={"tools": st.lists(objects, max_size=2), "chat_template_kwargs": objects},
 )
 rows = st.builds(lambda row, more: {**more, **row}, conversations, extra_columns)
