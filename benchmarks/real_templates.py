@@ -198,11 +198,9 @@ def start_by_prompt(template: Template, text: str, messages: list, tools: list |
     """Where the turn after the messages begins, if the render `text` begins with its generation prompt."""
     try:
         prompt, _ = render(template, template.text, messages, tools, add_generation_prompt=True)
-        plain, _ = render(template, template.text, [user("q")], None)
-        prompted, _ = render(template, template.text, [user("q")], None, add_generation_prompt=True)
     except TEMPLATE_ERRORS:
         return None
-    return len(prompt) if plain != prompted and prompt and text.startswith(prompt) else None
+    return len(prompt) if prompt and text.startswith(prompt) else None
 
 
 def joined(text: str, tagged: list[Span]) -> list[Span]:

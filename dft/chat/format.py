@@ -141,13 +141,13 @@ class ChatFormat:
         calls = any(message.get("tool_calls") for message in messages)
         refusal: RowError | None = None
         for form in FORMS_OF_CALLS if calls else FORMS_OF_CALLS[:1]:
-            rendered = form(messages)
+            rendered = form(self.template.with_null_contents(messages))
             try:
                 text, spans = self._find(rendered, tools, template_kwargs)
             except RowError as error:
-                refusal = refusal or error
                 if error.reason != "template_error":
-                    break
+                    raise
+                refusal = refusal or error
                 continue
             return Rendering(text, spans, verify(text, spans, messages), rendered)
         raise refusal

@@ -26,6 +26,7 @@ TEMPLATE_ERRORS = (
 )
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 TAGS = re.compile(r"[ \t]*\{%-?\s*(?:end)?generation\s*-?%\}\n")
+CONTENT_IS_NULL = re.compile(r"content(?:['\"]\])?\s+is\s+(?:not\s+)?none\b")
 PROBE = [{"role": role, "content": role} for role in ("user", "assistant", "user", "assistant")]
 CALL = {"id": "aBc123xYz", "type": "function", "function": {"name": "probe_tool", "arguments": {"key": "value"}}}
 CALLING = [
@@ -98,6 +99,7 @@ class ChatTemplate:
         if tokenizer.chat_template is None:
             tokenizer.chat_template = _given_to(tokenizer, built_in)
         self.source = built_in if self.is_built_in else tokenizer.chat_template
+        self._asks_for_null = CONTENT_IS_NULL.search(self.source) is not None
         self.has_tags = GENERATION_TAG.search(self.source) is not None
         self.control = ControlTokens(tokenizer, self.source + "".join(map(self._probe, PROBES)))
         self.reasoning_key = next((key for key in REASONING_KEYS if _reads(self.source, key)), REASONING_KEYS[0])
@@ -127,6 +129,18 @@ class ChatTemplate:
             return messages
         names = {REASONING_KEYS[0]: key}
         return [{names.get(name, name): value for name, value in message.items()} for message in messages]
+
+    def with_null_contents(self, messages: list[dict]) -> list[dict]:
+        """The messages with null as the content of calls without words, for templates that ask whether it is null.
+
+        R1-Distill-Qwen's writes an empty turn after the calls where the content is an empty text.
+        """
+        if not self._asks_for_null:
+            return messages
+        return [
+            {**message, "content": None} if message.get("tool_calls") and not message["content"] else message
+            for message in messages
+        ]
 
     def with_system_in_last_question(
         self, messages: list[dict], tools: list | None, template_kwargs: dict | None

@@ -172,7 +172,8 @@ class TextEncoder:
         backend.encode_special_tokens = MARK_START in segment
         offsets = backend.encode(_plain(segment), add_special_tokens=False).offsets
         backend.encode_special_tokens = False
-        return sum(start < len(_plain(before)) for start, _ in offsets)
+        length = len(_plain(before))
+        return sum(start < length for start, _ in offsets)
 
     # ---- whole texts ----------------------------------------------------------------------------
 

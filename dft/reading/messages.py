@@ -57,7 +57,7 @@ def _read_message(message: Any, place: str, role_map: dict[str, str]) -> dict[st
 def is_empty(message: dict[str, Any]) -> bool:
     """Whether an assistant message says nothing: no text but white space, no reasoning and no tool call."""
     return not (
-        message["content"].strip()
+        (message["content"] or "").strip()
         or message.get("tool_calls")
         or any((message.get(key) or "").strip() for key in REASONING_KEYS)
     )

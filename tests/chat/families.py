@@ -26,26 +26,34 @@ LINE_ENDS = ["a.\n\nb", "one\n\n\ntwo", "three\n\n\n\nfour", "x \n\ny", "  inden
 
 @dataclass(frozen=True)
 class Family:
-    """A template and the tokens of its tokenizer. `special` and `rstrip` are names separated by spaces."""
+    """A template and the tokens of its tokenizer. `special`, `unmarked`, `rstrip`: names separated by spaces."""
 
     template: str  # file name without .jinja
-    special: str  # its control tokens
+    special: str  # its control tokens that are marked as special
     eos: str
+    unmarked: str = ""  # its control tokens that are not
     bos: str | None = None
     kind: str = "bytes"  # "bytes", "metaspace" or "prepend" (a space is put before every segment)
     added: tuple[str, ...] = ()  # tokens that are plain text
     rstrip: str = ""  # control tokens that swallow the whitespace after them
     opener: str = ""  # the opening of a thinking block at the end of the generation prompt
+    reasoning: str = "reasoning_content"  # the key of a message that the template reads
+
+    @property
+    def control(self) -> list[str]:
+        """All control tokens."""
+        return f"{self.special} {self.unmarked}".split()
 
 
 QWEN = {"special": "<|endoftext|> <|im_start|> <|im_end|>", "eos": "<|im_end|>"}
 QWEN_TAGS = ("<tool_call>", "</tool_call>", "<think>", "</think>")
 MISTRAL_TOOLS = "[AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_CALLS] [TOOL_RESULTS] [/TOOL_RESULTS]"
 DEEPSEEK_TOOLS = "outputs▁begin outputs▁end output▁begin output▁end calls▁begin calls▁end call▁begin call▁end sep"
+UNMARKED = "<｜User｜> <｜Assistant｜> " + " ".join(f"<｜tool▁{name}｜>" for name in DEEPSEEK_TOOLS.split())
+R7B_PARTS = "THINKING ACTION RESPONSE TOOL_RESULT"
 DEEPSEEK = {
-    "template": "deepseek_v3",
-    "special": "<｜begin▁of▁sentence｜> <｜end▁of▁sentence｜> <｜User｜> <｜Assistant｜> "
-    + " ".join(f"<｜tool▁{name}｜>" for name in DEEPSEEK_TOOLS.split()),
+    "special": "<｜begin▁of▁sentence｜> <｜end▁of▁sentence｜>",
+    "unmarked": UNMARKED,
     "bos": "<｜begin▁of▁sentence｜>",
     "eos": "<｜end▁of▁sentence｜>",
     "added": ("<think>", "</think>"),
@@ -63,6 +71,7 @@ GLM = {
 }
 FAMILIES = {
     "qwen2.5": Family("qwen2_5", added=QWEN_TAGS[:2], **QWEN),
+    "chatml_unmarked": Family("qwen2_5", "<|endoftext|>", "<|im_end|>", "<|im_start|> <|im_end|>"),
     "qwen3": Family("qwen3", added=QWEN_TAGS, **QWEN),
     "llama3": Family(
         "llama3",
@@ -89,8 +98,9 @@ FAMILIES = {
     "phi3": Family(**PHI3),
     "phi3_prepend": Family(**PHI3, kind="prepend"),
     "phi4": Family("phi4", "<|endoftext|> <|im_start|> <|im_sep|> <|im_end|>", eos="<|im_end|>"),
-    "deepseek_v3": Family(**DEEPSEEK),
-    "deepseek_r1": Family(**DEEPSEEK, opener="<think>\\n"),
+    "deepseek_v3": Family("deepseek_v3", **DEEPSEEK),
+    "deepseek_r1": Family("deepseek_v3", **DEEPSEEK, opener="<think>\\n"),
+    "deepseek_v3_1": Family("deepseek_v3_1", **{**DEEPSEEK, "unmarked": re.sub(r"\S*outputs\S* ", "", UNMARKED)}),
     "glm4": Family("glm4", **GLM),
     "glm4_thinking": Family("glm4_thinking", added=QWEN_TAGS, **GLM),
     "gpt_oss": Family(
@@ -98,6 +108,16 @@ FAMILIES = {
         "<|startoftext|> <|endoftext|> <|return|> <|constrain|> <|channel|> <|start|> <|end|> <|message|> <|call|>",
         bos="<|startoftext|>",
         eos="<|return|>",
+        reasoning="thinking",
+    ),
+    "command_r7b": Family(
+        "command_r7b",
+        "<BOS_TOKEN> "
+        + " ".join(f"<|{name}_TOKEN|>" for name in "START_OF_TURN END_OF_TURN SYSTEM USER CHATBOT".split())
+        + " "
+        + " ".join(f"<|{side}_{name}|>" for side in ("START", "END") for name in R7B_PARTS.split()),
+        bos="<BOS_TOKEN>",
+        eos="<|END_OF_TURN_TOKEN|>",
     ),
     "llama2": Family("llama2", "<unk> <s> </s>", bos="<s>", eos="</s>", kind="prepend"),
     "unknown": Family("unknown", "◁fin▷ ◁ask▷ ◁reply▷ ◁rule▷ ◁got▷ ◁use▷ ◁over▷", eos="◁fin▷"),
@@ -166,6 +186,9 @@ def tokenizer(name: str, tagged: bool = False) -> PreTrainedTokenizerFast:
         [AddedToken(token, special=True, normalized=False, rstrip=token in rstrip) for token in family.special.split()]
     )
     backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in family.added])
+    if family.unmarked:  # as DeepSeek's tokenizers have them
+        backend.normalizer = normalizers.Sequence([])
+        backend.add_tokens([AddedToken(token, special=False, normalized=True) for token in family.unmarked.split()])
     names = {"bos_token": family.bos} if family.bos else {}
     result = PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token=family.eos, clean_up_tokenization_spaces=False, **names
@@ -183,12 +206,12 @@ class Oracle:
     def __post_init__(self):
         self.family = FAMILIES[self.name]
         self.tokenizer = tokenizer(self.name, tagged=True)
-        self.control_ids = self.tokenizer.convert_tokens_to_ids(self.family.special.split())
+        self.control_ids = self.tokenizer.convert_tokens_to_ids(self.family.control)
 
     def spans(self, messages: list[dict], tools: list | None = None) -> tuple[str, list[tuple[int, int]]]:
         """The rendered text, and the characters [start, end) that the assistant writes."""
         texts, spans = render_jinja_template(
-            conversations=[messages],
+            conversations=[self.as_read(messages)],
             tools=tools,
             chat_template=self.tokenizer.chat_template,
             return_assistant_tokens_mask=True,
@@ -203,7 +226,7 @@ class Oracle:
         last character of several tokens is supervised with all of them.
         """
         encoding = self.tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            self.as_read(messages), tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
         ids, mask = np.array(encoding["input_ids"]), np.array(encoding["assistant_masks"], dtype=bool)
         starts, ends = np.array(encoding.encodings[0].offsets).T
@@ -218,7 +241,12 @@ class Oracle:
         """The text of a conversation in the family's own format, with every control token."""
         chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ok"}]
         text = tokenizer(self.name).apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        return re.sub("</?think>", "", text) + self.family.special
+        return re.sub("</?think>", "", text) + " ".join(self.family.control)
+
+    def as_read(self, messages: list[dict]) -> list[dict]:
+        """The messages with their reasoning under the key that the template reads."""
+        names = {"reasoning_content": self.family.reasoning}
+        return [{names.get(key, key): value for key, value in message.items()} for message in messages]
 
 
 def runs(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray, labels: np.ndarray) -> list[str]:

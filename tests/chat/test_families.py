@@ -79,6 +79,8 @@ ROWS = {
     "tools, empty arguments": [user("Here?"), calls({}), SUN, SUNNY],
     "tools, arguments as text": [user("Rome?"), calls(json.dumps(ROME)), SUN, SUNNY],
     "tools, line ends": [user("Rome?"), calls(ROME), SUN, assistant("\n\nIt is sunny.\n")],
+    "tools, white space after a result": [user("Rome?"), calls(ROME), SUN, assistant("\n It is sunny.")],
+    "tools, thinking after a result": [user("Rome?"), calls(ROME), SUN, assistant(INLINE + "It is sunny.")],
     "tools, call last": [user("Rome?"), calls(ROME)],
     "tools, result last": [user("Rome?"), calls(ROME), SUN],
     "tools, words and a call": [user("Rome?"), calls(ROME, text="I look."), SUN, SUNNY],
@@ -102,7 +104,7 @@ REFUSED = [
     # these show the first call alone, or the calls without the words
     ("llama3", "tools, two calls.*", "template_error"),
     ("gpt_oss", "tools, two calls.*", "unverified_mask"),
-    ("llama3|mistral_v3", "tools, words .*", "unverified_mask"),
+    ("llama3|mistral_v3|gpt_oss", "tools, words .*", "unverified_mask"),
     # this one asks whether the answer is empty: with an anchor it is not
     ("glm4_thinking", r"answer '( *|\\n)'", "unverified_mask"),
 ]
@@ -145,9 +147,17 @@ SHOWN = {
     "<|start|>user<|message|>C<|end|><|start|>assistant⟦<|channel|>analysis<|message|>T<|end|>"
     "<|start|>assistant<|channel|>final<|message|>D<|return|>⟧",
     "llama2": "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nA [/INST]⟦ B </s>⟧<s>[INST] C [/INST]⟦ D </s>⟧",
+    "deepseek_v3_1": "<｜begin▁of▁sentence｜>S<｜User｜>A<｜Assistant｜></think>⟦B<｜end▁of▁sentence｜>⟧"
+    "<｜User｜>C<｜Assistant｜></think>⟦D<｜end▁of▁sentence｜>⟧",
+    "command_r7b": "<BOS_TOKEN><|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|># Rules\nWrite <|START_RESPONSE|> before a "
+    "response.\nS<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|USER_TOKEN|>A<|END_OF_TURN_TOKEN|>"
+    "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>⟦<|START_RESPONSE|>B<|END_RESPONSE|><|END_OF_TURN_TOKEN|>⟧"
+    "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>C<|END_OF_TURN_TOKEN|>"
+    "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>⟦<|START_RESPONSE|>D<|END_RESPONSE|><|END_OF_TURN_TOKEN|>⟧"
+    "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>",
     "unknown": "◁rule▷\nS◁over▷\n◁ask▷\nA◁over▷\n◁reply▷\n⟦B◁over▷⟧\n◁ask▷\nC◁over▷\n◁reply▷\n⟦(((T)))\nD◁over▷⟧\n",
 }
-SHOWN |= {"phi3_prepend": SHOWN["phi3"], "deepseek_r1": SHOWN["deepseek_v3"]}
+SHOWN |= {"chatml_unmarked": SHOWN["qwen2.5"], "phi3_prepend": SHOWN["phi3"], "deepseek_r1": SHOWN["deepseek_v3"]}
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +259,7 @@ def test_random_chats_are_exact_or_refused(family, name):
 
 def letters(oracle: Oracle) -> dict[str, str]:
     """A harmless stand-in for each control token."""
-    return {token: f"Q{chr(97 + i)}q" for i, token in enumerate(oracle.family.special.split())}
+    return {token: f"Q{chr(97 + i)}q" for i, token in enumerate(oracle.family.control)}
 
 
 def swap(value: object, table: dict[str, str]) -> object:
@@ -277,7 +287,7 @@ def spoofed_rows(spoof: str, end: str) -> dict[str, list[dict]]:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_control_tokens_in_text_stay_text(family, name, row):
     chat_format, oracle = family(name)
-    messages = spoofed_rows(oracle.spoof(), oracle.family.special.split()[-1])[row]
+    messages = spoofed_rows(oracle.spoof(), oracle.family.control[-1])[row]
     tools = [WEATHER_TOOL] if row.startswith("tools") else None
     reason = refusal(name, row)
     if reason:
