@@ -29,7 +29,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from benchmarks.measuring import RESULTS, markdown_table, surroundings
+from benchmarks.measuring import facts, keep, markdown_table, surroundings
 from dft.chat.format import ChatFormat
 from dft.chat.template import TEMPLATE_ERRORS, Span
 from dft.errors import UserError
@@ -37,7 +37,8 @@ from dft.reading.formats import RowReader
 from dft.reading.rows import RawRow, RejectedRow, RowError
 
 CONTROL = re.compile(
-    r"\[\|\w+\|\]|<\|[\w/▁ -]+\|>|<｜[\w▁/ ]+｜>|\[/?[A-Z_]{3,}\]|<(?:start|end)_of_turn>|</?s>|<bos>|<eos>|<\|[\w\"]+>|<\w+\|>"
+    r"<\|[\w/▁ -]+\|>|<｜[\w▁/ ]+｜>|<\|[\w\"]+>|<\w+\|>|\[\|\w+\|\]|\[/?[A-Z_]{3,}\]|<(?:start|end)_of_turn>|</?s>|"
+    r"<bos>|<eos>"
 )
 ENDS = (
     "<|im_end|> <｜end▁of▁sentence｜> <end_of_turn> <turn|> <|eot_id|> <|eot|> <|return|> <|END_OF_TURN_TOKEN|> "
@@ -150,7 +151,7 @@ def templates(paths: list[Path], tokenizers: list[Path]) -> Iterator[Template]:
     for path in tokenizers:
         tokenizer = AutoTokenizer.from_pretrained(path)
         if tokenizer.chat_template is not None:
-            yield Template(f"{path.name} (real vocabulary)", tokenizer.chat_template, None, tokenizer)
+            yield Template(f"{path.name}, its tokenizer", tokenizer.chat_template, None, tokenizer)
 
 
 def untagged(tag: str) -> str:
@@ -274,33 +275,43 @@ def parts(turn: dict[str, Any]) -> list[str]:
     return [word.strip() for word in words if word.strip()]
 
 
+def try_all(found: list[Template]) -> tuple[list[tuple[str, ...]], list[str]]:
+    """The lines of the table, and a remark for each cell that needs one."""
+    lines: list[tuple[str, ...]] = []
+    remarks: list[str] = []
+    for template in found:
+        cells = []
+        for kind in KINDS:
+            try:
+                cell, remark = judge(template, kind)
+            except UserError as error:  # of the template itself
+                cell, remark = "T", str(error)
+            cells.append(cell)
+            remarks += [f"{template.name}, {kind}: {cell} {remark}"] if remark else []
+        lines.append((template.name, *cells))
+    return lines, remarks
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("templates", nargs="*", type=Path)
     parser.add_argument("--tokenizers", nargs="*", type=Path, default=[])
-    parser.add_argument("--write", metavar="NAME", help="write benchmarks/results/NAME.md and .json")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/real_templates.md and .json")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    names = list(KINDS)
-    cells = [("template", *(str(i) for i in range(1, len(names) + 1)))]
-    remarks: list[str] = []
-    counts: Counter[str] = Counter()
-    for template in templates(args.templates, args.tokenizers):
-        row = []
-        for kind in names:
-            try:
-                cell, remark = judge(template, kind)
-            except (UserError, *TEMPLATE_ERRORS) as error:
-                cell, remark = "E", f"{type(error).__name__}: {error}"
-            row.append(cell)
-            counts[cell] += 1
-            if remark:
-                remarks.append(f"{template.name} | {kind} | {cell} | {remark}")
-        cells.append((template.name, *row))
-    print("\n".join("  ".join([r[0].ljust(44), *r[1:]]) for r in cells))
-    print("\n".join(remarks))
-    print(json.dumps(dict(counts.most_common())))
+    lines, remarks = try_all(list(templates(args.templates, args.tokenizers)))
+    counts = dict(Counter(cell for line in lines for cell in line[1:]).most_common())
+    about = surroundings(["transformers", "tokenizers"])
+    about["command"] = "python benchmarks/real_templates.py TEMPLATES --tokenizers TOKENIZERS --write"
+    legend = "\n".join(f"- `{cell}` {text}: {counts.get(cell, 0)}" for cell, text in LEGEND.items())
+    kinds = ", ".join(f"{i} {kind}" for i, kind in enumerate(KINDS, 1))
+    table = markdown_table([("template", *(str(i) for i in range(1, len(KINDS) + 1))), *lines])
+    text = "\n\n".join(["# Public chat templates: results", facts(about), legend, f"Kinds of rows: {kinds}.", table])
+    print(text, *remarks, sep="\n")
+    if args.write:
+        keep("real_templates", text, about | {"counts": counts, "cells": lines})
+    print(json.dumps(counts))
 
 
 if __name__ == "__main__":

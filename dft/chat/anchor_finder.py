@@ -60,7 +60,7 @@ class AnchorFinder:
             if number not in indices and is_empty(message):
                 before = spans[-1][1] if spans else 0
                 start = content_end = self._start_of_empty_turn(text, number, conversation, before)
-                following = next((a.start for a in anchors if a.start >= start and a.number > number), len(text))
+                following = next((a.start for a in anchors if a.start >= start), len(text))
             else:
                 first, last = _anchors_of_turn(number, message, indices.get(number, []), anchors)
                 before = anchors[first - 1].end if first else 0
@@ -74,7 +74,8 @@ class AnchorFinder:
                     raise RowError("unverified_mask", f"no end-of-turn token follows message {number}")
                 text += self._template.tokenizer.eos_token
                 end = len(text)
-            self._refuse_several_turns(text, start, end, number)
+            is_next = messages[number + 1 : number + 2] and messages[number + 1]["role"] == "assistant"
+            self._refuse_several_turns(text, (start, end), end if is_next else max(end, following), number)
             spans.append((start, end))
         return text, spans
 
@@ -102,10 +103,17 @@ class AnchorFinder:
             raise RowError("unverified_mask", f"message {number}, which is empty, can't be located")
         return start
 
-    def _refuse_several_turns(self, text: str, start: int, end: int, number: int) -> None:
-        """Refuses a message that the template writes as several turns: generation stops at the end of the first."""
-        eos = self._template.tokenizer.eos_token
-        if eos and any(m[0] == eos and m.end() < end for m in self._control.finditer(text, start, end)):
+    def _refuse_several_turns(self, text: str, span: Span, following: int, number: int) -> None:
+        """Refuses a message that the template writes as several turns: generation stops at the end of the first.
+
+        Args:
+            following: where the text of the next message starts, if it isn't the assistant's.
+        """
+        (start, end), eos = span, self._template.tokenizer.eos_token
+        header = "" if self._prompt.is_at_every_end else self._prompt.header.strip()
+        if (header and header in text[end:following]) or (
+            eos and any(m[0] == eos and m.end() < end for m in self._control.finditer(text, start, end))
+        ):
             raise RowError("unverified_mask", f"the template writes message {number} as several turns")
 
     def _start_of_turn(self, text: str, number: int, conversation: Conversation, before: int, anchor: Anchor) -> int:

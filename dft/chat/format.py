@@ -10,6 +10,7 @@ How turns are located:
     built-in template  by generation tags, for tokenizers without a template, see template.py
 """
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -137,19 +138,42 @@ class ChatFormat:
         return replace(self._render(moved, tools, template_kwargs), is_system_moved=True)
 
     def _render(self, messages: list[dict], tools: list | None, template_kwargs: dict | None) -> Rendering:
-        """As `render`, with tool calls in the first form that the template takes."""
-        calls = any(message.get("tool_calls") for message in messages)
+        """As `render`; calls without words have an empty text as content, or null where the template wants that."""
+        try:
+            return self._render_calls(messages, messages, tools, template_kwargs)
+        except RowError as error:
+            with_nulls = self.template.with_null_contents(messages)
+            if with_nulls is messages:
+                raise
+            refusal = error
+        try:
+            rendering = self._render_calls(messages, with_nulls, tools, template_kwargs)
+        except RowError:
+            raise refusal from None
+        if rendering.text.count("None") > json.dumps([messages, tools], ensure_ascii=False).count("None"):
+            raise refusal  # the template has written the null
+        return rendering
+
+    def _render_calls(
+        self, messages: list[dict], form_of_messages: list[dict], tools: list | None, template_kwargs: dict | None
+    ) -> Rendering:
+        """As `render`, with tool calls in the first form that the template takes.
+
+        Args:
+            form_of_messages: what is rendered of the messages.
+        """
+        has_calls = any(message.get("tool_calls") for message in messages)
         refusal: RowError | None = None
-        for form in FORMS_OF_CALLS if calls else FORMS_OF_CALLS[:1]:
-            rendered = form(self.template.with_null_contents(messages))
+        for form in FORMS_OF_CALLS if has_calls else FORMS_OF_CALLS[:1]:
+            rendered = form(form_of_messages)
             try:
                 text, spans = self._find(rendered, tools, template_kwargs)
             except RowError as error:
                 if error.reason != "template_error":
                     raise
                 refusal = refusal or error
-                continue
-            return Rendering(text, spans, verify(text, spans, messages), rendered)
+            else:
+                return Rendering(text, spans, verify(text, spans, messages), rendered)
         raise refusal
 
     def encode(self, messages: list[dict], tools: list | None = None, template_kwargs: dict | None = None) -> Example:

@@ -20,11 +20,13 @@ class GenerationPrompt:
 
     Attributes:
         header: the prompt after a question, without a thinking block and spaces at its end; "" where the template has
-            no generation prompt. Some, as Command R7B's, write it whether it is asked for or not.
+            no generation prompt.
+        is_at_every_end: whether the template writes it whether it is asked for or not, as Command R7B's.
     """
 
     def __init__(self, template: ChatTemplate):
         self._template = template
+        self.is_at_every_end = False
         self.header = self._learn_header()
 
     def _learn_header(self) -> str:
@@ -33,6 +35,7 @@ class GenerationPrompt:
             prompted = self._template.render([QUESTION], add_generation_prompt=True)
             header = prompted[common_length(self._template, without, prompted) :]
             if not header:
+                self.is_at_every_end = True
                 header = self._header_at_every_end(without, self._template.render([QUESTION, ANSWER]))
         except TEMPLATE_ERRORS:
             return ""

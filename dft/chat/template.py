@@ -131,16 +131,14 @@ class ChatTemplate:
         return [{names.get(name, name): value for name, value in message.items()} for message in messages]
 
     def with_null_contents(self, messages: list[dict]) -> list[dict]:
-        """The messages with null as the content of calls without words, for templates that ask whether it is null.
+        """The messages with null as the content of calls without words, if the template asks whether it is null.
 
-        R1-Distill-Qwen's writes an empty turn after the calls where the content is an empty text.
+        DeepSeek-V3's shows calls only then, and R1-Distill-Qwen's writes an empty turn behind them otherwise.
         """
-        if not self._asks_for_null:
+        is_wordless = [bool(message.get("tool_calls")) and not message["content"] for message in messages]
+        if not self._asks_for_null or not any(is_wordless):
             return messages
-        return [
-            {**message, "content": None} if message.get("tool_calls") and not message["content"] else message
-            for message in messages
-        ]
+        return [{**m, "content": None} if null else m for m, null in zip(messages, is_wordless, strict=True)]
 
     def with_system_in_last_question(
         self, messages: list[dict], tools: list | None, template_kwargs: dict | None

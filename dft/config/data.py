@@ -80,8 +80,8 @@ class DataConfig:
     )
     chat_template: str | None = option("File with a Jinja chat template that replaces the tokenizer's own.")
     chat_template_kwargs: str | None = option(
-        "Arguments of the chat template for all rows, as a JSON object: '{\"enable_thinking\": false}'. Those of a row "
-        "(its column chat_template_kwargs) take precedence."
+        "Arguments of the chat template for all rows, as a JSON object: '{\"enable_thinking\": false}'. A row's own, "
+        "in its column chat_template_kwargs, take precedence."
     )
     data_validation: DataValidation = option(
         "standard: malformed rows stop the run, rows without anything to learn are dropped. strict: both stop. "

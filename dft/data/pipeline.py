@@ -19,6 +19,7 @@ from dft.data.worker_pool import WorkerPool
 from dft.errors import UserError
 from dft.reading.discovery import DataFile
 from dft.reading.formats import RowReader
+from dft.reading.messages import is_empty
 from dft.reading.raw_rows import read_rows
 from dft.reading.rows import Conversation, RawRow, RejectedRow, RowError
 
@@ -47,7 +48,7 @@ def reject_untrainable(row: Conversation | RejectedRow) -> Conversation | Reject
     turns = [m for m in row.messages if m["role"] == "assistant"]
     if not turns:
         return reject(row, "no_assistant_turn", "no message of the role assistant")
-    if not any(t["content"].strip() or t.get("tool_calls") or t.get("reasoning_content") for t in turns):
+    if all(map(is_empty, turns)):
         return reject(row, "no_assistant_text", "every assistant message is empty")
     return row
 

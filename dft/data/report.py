@@ -12,11 +12,15 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dft.chat.remarks import describe_remark
+from dft.chat.remarks import EMPTY_TURN, TURN_WITHOUT_THINKING, describe_remark
 from dft.constants import IGNORE_INDEX
 from dft.data.names import file_labels
+from dft.data.rejection_log import DROPPED_ON_REQUEST
 
 PERCENTILES = {"min": 0, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "p99": 99, "max": 100}
+COLUMNS_OF_REMARKS = {TURN_WITHOUT_THINKING: "thinking lost", EMPTY_TURN: "empty turns"}  # where there are any
+MANY_DROPPED = 0.1  # share of a file's rows above which their loss is a warning
+SHOWN_REASONS = 3
 GREEN, GRAY, PLAIN = "\033[32m", "\033[90m", "\033[0m"
 CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a terminal would obey it
 
@@ -110,7 +114,8 @@ def write_report(report: dict[str, Any], directory: Path) -> None:
 def report_cells(report: dict[str, Any]) -> list[tuple[str, ...]]:
     """The report as a table for people: a header, and a line for each file and for all of them."""
     names = ("file", "format", "rows", "kept", "dropped", "duplicates", "tokens", "supervised")
-    lines = [(*names, "p50", "p95", "max", "truncated", "padding")]
+    remarks = {name: title for name, title in COLUMNS_OF_REMARKS.items() if report["total"]["remarks"].get(name)}
+    lines = [(*names, "p50", "p95", "max", "truncated", "padding", *remarks.values())]
     files = report["files"]
     names_of_files = file_labels([entry["path"] for entry in files])
     entries = [*files, report["total"]] if len(files) > 1 else files
@@ -129,6 +134,7 @@ def report_cells(report: dict[str, Any]) -> list[tuple[str, ...]]:
                 *(f"{lengths[key]:,}" if lengths else "-" for key in ("p50", "p95", "max")),
                 f"{entry['truncated']:,}",
                 "-" if waste is None else f"{waste:.0%}",
+                *(f"{entry['remarks'].get(remark, 0):,}" for remark in remarks),
             )
         )
     return lines
@@ -166,6 +172,23 @@ def report_notes(report: dict[str, Any]) -> list[str]:
             f"{total['steps_per_epoch']:,} steps an epoch"
         )
     return notes
+
+
+def report_warnings(report: dict[str, Any]) -> list[str]:
+    """What is wrong with files that lose many rows, not counting those that are dropped on request."""
+    warnings = []
+    for entry in report["files"]:
+        reasons = {reason: n for reason, n in entry["rejected"].items() if reason not in DROPPED_ON_REQUEST}
+        dropped, read = sum(reasons.values()), entry["rows_read"]
+        if dropped > read * MANY_DROPPED:
+            commonest = sorted(reasons.items(), key=lambda item: -item[1])[:SHOWN_REASONS]
+            words = ", ".join(f"{n:,} {reason}" for reason, n in commonest)
+            more = ", and others" if len(reasons) > SHOWN_REASONS else ""
+            warnings.append(
+                f"{entry['path']}: {dropped:,} of {read:,} rows ({dropped / read:.0%}) are dropped: {words}{more}; "
+                "see rejected.jsonl"
+            )
+    return warnings
 
 
 def report_table(report: dict[str, Any]) -> str:
