@@ -182,7 +182,10 @@ def _anchors_of_turn(number: int, message: dict, indices: list[int], anchors: li
     own = _without_repeated_names(indices, anchors)
     shown = {anchors[index].part.removeprefix("name") for index in own}
     if any(str(i) not in shown for i in range(len(message.get("tool_calls") or []))):
-        raise RowError("unverified_mask", f"the template doesn't show every tool call of message {number}")
+        raise RowError(
+            "unverified_mask",
+            f"the chat template doesn't show every tool call of message {number}: give one that does with --chat_template FILE",
+        )
     first, last = own[0], own[-1]
     if any(a.number != number for a in anchors[first : last + 1]):
         raise RowError("unverified_mask", f"the text of message {number} is shown in several places")

@@ -240,9 +240,12 @@ def _splits_at_control_tokens(tokenizer: PreTrainedTokenizerBase, control: dict[
     if strips and any(t.content != t.content.strip() or t.lstrip or t.rstrip for t in others):
         return False  # a control token and another token may claim the same white space
     normalizer = tokenizer.backend_tokenizer.normalizer
-    normalizes = normalizer is not None and json.loads(normalizer.__getstate__()) != NO_NORMALIZER
-    if any(token.single_word or (token.normalized and normalizes) for token in own):
-        return False
+    state = NO_NORMALIZER if normalizer is None else json.loads(normalizer.__getstate__())
+    for token in own:
+        # NFC leaves ASCII alone, but for what a combining character follows
+        is_kept = state == NO_NORMALIZER or (state == {"type": "NFC"} and token.content.isascii())
+        if token.single_word or (token.normalized and not is_kept):
+            return False
     return not any(_overlap(other.content, token.content) for token in own for other in others)
 
 

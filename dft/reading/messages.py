@@ -31,7 +31,7 @@ def read_messages(messages: Any, column: str, role_map: dict[str, str]) -> list[
     if not isinstance(messages, list) or not messages:
         raise malformed(f"{column!r} must be a list of messages, not {kind(messages)}")
     read = [_read_message(message, f"{column}[{i}]", role_map) for i, message in enumerate(messages)]
-    if read[0]["role"] == "system" and not read[0]["content"].strip() and len(read) > 1:
+    if read[0]["role"] in ("system", "developer") and not read[0]["content"].strip() and len(read) > 1:
         return read[1:]  # it says nothing, and templates differ in what they make of it
     return read
 

@@ -172,8 +172,41 @@ def test_a_message_that_becomes_two_turns_is_refused(tokenizer):
     chat_format = make_format(tokenizer, template)
     with pytest.raises(RowError, match="message 1 as several turns"):
         chat_format.encode([user("Rome?"), assistant("I look.", tool_calls=[call()])], [WEATHER_TOOL])
-    turns = supervised(chat_format, [user("Rome?"), assistant("", tool_calls=[call()])], tools=[WEATHER_TOOL])
-    assert turns == ['<call>get_weather{"city": "Rome"}' + END]
+    wordless = [user("Rome?"), assistant("", tool_calls=[call()]), {"role": "tool", "content": "sunny"}]
+    for chat in (wordless[:2], wordless):
+        assert supervised(chat_format, chat) == ['<call>get_weather{"city": "Rome"}' + END]
+        assert chat_format.render(chat).text.count("<|im_start|>bot:") == 1  # no empty turn behind the calls
+
+
+AFTER_A_RESULT = """\
+{%- for m in messages %}
+    {%- if m.role == 'tool' %}{{- '<|result|>' + m.content + '<|result_end|>' }}
+    {%- elif m.role == 'user' %}{{- '<|turn|>user:' + m.content + '<|end|>' }}
+    {%- else %}
+        {{- '<|turn|>bot:' + m.content if not m.tool_calls }}
+        {%- for c in m.tool_calls or [] %}
+            {{- '<|turn|>bot:<|call|>' + c.function.name + c.function.arguments | tojson + '<|call_end|>' }}
+        {%- endfor %}
+        {{- '<|end|>' if not m.tool_calls else '<|result|>' if loop.last }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt and messages[-1].role == 'user' %}{{- '<|turn|>bot:' }}{%- endif %}"""
+
+
+def test_turns_around_the_result_of_a_tool(tokenizer):
+    """A call ends with the token behind which generation stops; a header that no prompt writes is no part of a turn."""
+    names = "<|turn|> <|end|> <|call|> <|call_end|> <|result|> <|result_end|>".split()
+    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
+    chat_format = make_format(tokenizer, AFTER_A_RESULT)
+    chat = [
+        user("Rome?"),
+        assistant("", tool_calls=[call()]),
+        {"role": "tool", "content": "sunny"},
+        assistant("Sunny."),
+    ]
+    made = '<|call|>get_weather{"city": "Rome"}<|call_end|><|result|>'
+    assert supervised(chat_format, chat) == [made, "Sunny.<|end|>"]
+    assert supervised(chat_format, chat[:2]) == [made]
 
 
 def test_tags_with_a_gap_between_them_are_one_turn(tokenizer):
