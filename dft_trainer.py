@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from dft.batching.collators import document_lengths, token_channels
 from dft.batching.leak_check import LeakCheck
 from dft.batching.packing import DOCUMENTS
 from dft.batching.sampler import EpochOrder, FilledRows, SetEpochCallback, token_lengths
+from dft.checkpoints.trainer import CheckpointTrainer
 from dft.config.loss import CHUNK_MB, LossConfig
 from dft.config.metrics import MetricsConfig
 from dft.config.options import override
@@ -31,7 +32,7 @@ from dist_logger import get_logger
 logger = get_logger(__name__)
 
 
-class DFTTrainer(Trainer):
+class DFTTrainer(CheckpointTrainer):
     """Trainer whose loss weights each supervised token by max(floor, alpha * p_correct**gamma + 1 - alpha), detached.
 
     The loss of a step is sum(w * nll) / N with N counted over the whole global batch, so it doesn't
@@ -49,6 +50,7 @@ class DFTTrainer(Trainer):
         source_of_row: where a training row comes from, for the error of a loss that is NaN or infinite.
         channels: names of the sources that a column `channel` (int, from 0) of the rows numbers; each has metrics.
         row_lengths: tokens of each training row, for train_sampling_strategy group_by_length; by default counted.
+        made_with: see CheckpointTrainer, which also keeps the best and the newest checkpoint.
         All others are Trainer's own.
 
     Logged with every training record, over all ranks and micro-batches since the last one:
@@ -194,8 +196,9 @@ class DFTTrainer(Trainer):
         self._refuse_unwrapped(model)
         inputs, labels, loss_weights, channel = _taken_apart(inputs)
         self._leak_check(model, inputs)
+        is_training = self.model.training  # DeepSpeed's engine says so of itself in evaluations too
         token_weight = self.token_weight
-        if model.training:
+        if is_training:
             token_weight = replace(token_weight, alpha=self.alpha_at(self.state.global_step))
         normalization = self.loss_config.loss_normalization
         loss_weight = loss_weight_of_tokens(labels, loss_weights, normalization)  # [N]
@@ -203,14 +206,14 @@ class DFTTrainer(Trainer):
         loss_sum, tokens, outputs = self.scorer.score(model, inputs, labels, token_weight, loss_weight, needs_logits)
 
         num_terms = count_terms(labels, normalization)
-        sums = self._train_metrics.sums if model.training else self._eval_sums
+        sums = self._train_metrics.sums if is_training else self._eval_sums
         channel = self._channel_of_tokens(channel, labels, inputs, tokens)
         weights = token_weight(tokens.p_correct, tokens.targets)
         sums.add(loss_sum, num_terms, tokens, weights, document_lengths(inputs), labels.numel(), channel)
 
         # in evaluation there is no count: its metrics come from the sums
         loss = loss_sum / (num_terms if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
-        if model.training:
+        if is_training:
             loss = loss * self.accelerator.num_processes + self._router_loss(outputs, loss.device)
             self._finite_check.note(loss, inputs, self.state.global_step + 1)
         return (loss, outputs) if return_outputs else loss
@@ -261,9 +264,13 @@ class DFTTrainer(Trainer):
     # ---- rows -----------------------------------------------------------------------------------
 
     def _get_dataloader(self, dataset, description, batch_size, *args, **kwargs):
-        """Trainer's; training and evaluation sets are filled up so that no rank repeats a row to keep up."""
-        fills = description == "Evaluation" or (description == "Training" and not self.args.dataloader_drop_last)
-        if fills and self.args.world_size > 1 and FilledRows.can_fill(dataset):
+        """Trainer's; training and evaluation sets are filled up so that no rank repeats a row to keep up.
+
+        An evaluation is filled up in one process too where incomplete batches are dropped: it is of the whole set.
+        """
+        drops_last = self.args.dataloader_drop_last
+        fills = description == "Evaluation" or (description == "Training" and not drops_last)
+        if fills and (self.args.world_size > 1 or drops_last) and FilledRows.can_fill(dataset):
             dataset = FilledRows(dataset, batch_size * self.args.world_size)
         return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
 

@@ -8,7 +8,8 @@
 scripts/train.sh does this with a log file; --help lists the flags, docs/flags.md explains them.
 """
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from dft.config.command_line import Settings, parse_args
 from dft.files import make_directory
@@ -16,10 +17,11 @@ from dft.program import program
 from dist_logger import get_logger, quiet_libraries, setup_logging
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from dft.batching.plan import BatchPlan
     from dft.data.prepared import PreparedData
+    from dft_trainer import DFTTrainer
 
 logger = get_logger("train_dft")
 
@@ -35,39 +37,74 @@ def train(settings: Settings) -> None:
     # not at the top: torch and transformers take seconds to import, and --help and mistakes were answered before
     from dft.batching.attention import choose_attention
     from dft.batching.plan import plan_batches
+    from dft.checkpoints.facts import compare_facts, run_facts
     from dft.checkpoints.resume import find_checkpoint
-    from dft.config.training import with_values
+    from dft.distributed import once_per_node
+    from dft.model.fit import check_fit
     from dft.model.loading import computes_in_16_bits, load_config, load_model, load_model_tokenizer
-    from dft.tracking.console import print_lines
-    from dft.tracking.curves import Curves
-    from dft.tracking.results import present_run, save_run
+    from dft.tracking.results import present_run, save_evaluation, save_run
     from dft.tracking.run_info import describe_run
     from dft.tracking.tracker_checks import check_trackers
-    from dft.tracking.tracker_guard import guard_trackers
     from dft.tracking.tracker_start import start_trackers
-    from dft.tracking.train_log import TrainLog
-    from dft_trainer import DFTTrainer
 
-    model_config, data_config, loss_config, metrics_config, args = settings
+    model_config, data_config, loss_config, _, args = settings
     start_logging(settings)
-    checkpoint, steps_done = find_checkpoint(args)
-    trackers = {} if data_config.dry_run else check_trackers(args)
+    checkpoint, steps_done = find_checkpoint(args) if args.do_train else (None, 0)
+    trackers = check_trackers(args) if args.do_train and not data_config.dry_run else {}
     tokenizer = load_model_tokenizer(model_config, data_config.chat_template)
-    config = load_config(model_config, tokenizer)
+    config = load_config(model_config)
     is_16_bit = computes_in_16_bits(model_config, args, config)
     attention = choose_attention(model_config.attn_implementation, config, is_16_bit, model_config.attn_strict)
     plan = plan_batches(args, data_config.max_length, config, attention)
     data = load_data(settings, tokenizer, plan)
+    check_fit(data, config, tokenizer, is_padded=plan.batching == "padded", grows=model_config.resize_embeddings)
     if data_config.dry_run:
         return
-    about = describe_run(settings, data)
-    report_to = start_trackers(args, trackers, about, steps_done)
-    model = load_model(model_config, args, config, attention)
+    made_with = once_per_node(partial(run_facts, args, loss_config, config, data.train, plan))
+    if checkpoint is not None:
+        compare_facts(checkpoint, made_with, go_on=args.resume_anyway)
+    about = describe_run(settings, data) if args.do_train else {}
+    report_to = start_trackers(args, trackers, about, steps_done) if args.do_train else []
+    model = load_model(model_config, args, config, tokenizer, attention)
+    trainer = make_trainer(settings, model, tokenizer, data, plan, report_to=report_to, made_with=made_with)
+    if not args.do_train:
+        save_evaluation(trainer)
+        return
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    save_run(trainer, result.metrics)
+    if args.process_index == 0:
+        present_run(trainer, about, data.report)
+
+
+def make_trainer(
+    settings: Settings,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    data: "PreparedData",
+    plan: "BatchPlan",
+    *,
+    report_to: list[str],
+    made_with: dict[str, Any],
+) -> "DFTTrainer":
+    """The trainer of a run, with what shows its progress.
+
+    Args:
+        report_to: the trackers.
+        made_with: see dft.checkpoints.facts.run_facts.
+    """
+    from dft.config.training import with_values
+    from dft.tracking.console import print_lines
+    from dft.tracking.curves import Curves
+    from dft.tracking.tracker_guard import guard_trackers
+    from dft.tracking.train_log import TrainLog
+    from dft_trainer import DFTTrainer
+
+    args = settings.training
     trainer = DFTTrainer(
         model,
         with_values(args, batching=plan.batching, train_sampling_strategy=plan.strategy, report_to=report_to),
-        loss=loss_config,
-        metrics=metrics_config,
+        loss=settings.loss,
+        metrics=settings.metrics,
         source_of_row=data.source_of,
         channels=data.channels,
         row_lengths=data.lengths,
@@ -75,14 +112,12 @@ def train(settings: Settings) -> None:
         train_dataset=plan.training_rows(data.train, data.lengths),
         eval_dataset=data.evaluation,
         processing_class=tokenizer,
-        callbacks=[TrainLog(args.output_dir), Curves(args.output_dir)],
+        callbacks=[TrainLog(args.output_dir), Curves(args.output_dir)] if args.do_train else [],
+        made_with=made_with,
     )
     guard_trackers(trainer)
     print_lines(trainer)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    save_run(trainer, result.metrics)
-    if args.process_index == 0:
-        present_run(trainer, about, data.report)
+    return trainer
 
 
 def start_logging(settings: Settings) -> None:
@@ -106,10 +141,12 @@ def load_data(settings: Settings, tokenizer: "PreTrainedTokenizerBase", plan: "B
     from dft.data.show import show_data
 
     config, args = settings.data, settings.training
-    chat_format = ChatFormat(tokenizer, config.train_on, config.mask_thinking)
+    chat_format = ChatFormat.of(tokenizer, config)
     logger.info("Assistant turns are found by: %s", chat_format.method)
     is_main = args.process_index == 0
     data = prepare_on_each_node(config, chat_format, seed=args.seed, progress=is_main and not args.disable_tqdm)
+    if args.do_train:
+        plan.check_rows(data.lengths)
     if is_main:
         plan.add_to_report(data.report, data.lengths, data.training_lengths())
         show_data(data, config, tokenizer, args.output_dir)

@@ -1,9 +1,13 @@
-"""Output directories: made and checked before anything is computed that would be written there."""
+"""Paths in settings, and output directories, made before anything is computed that would be written there."""
 
+import argparse
 import os
+import re
 from pathlib import Path
 
 from dft.errors import UserError
+
+VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
 
 
 def make_directory(path: str, flag: str) -> Path:
@@ -25,3 +29,29 @@ def make_directory(path: str, flag: str) -> Path:
     if not os.access(path, os.W_OK):
         raise UserError(f"{flag} {path} can't be written to: choose another directory or change its permissions")
     return Path(path)
+
+
+def expand_path(path: str, flag: str) -> str:
+    """A path with ~ and environment variables such as $HOME replaced; one that exists as it stands is left alone.
+
+    Args:
+        flag: the setting that holds the path, for the error message.
+
+    Raises:
+        UserError: a variable isn't set.
+    """
+    if os.path.lexists(path):
+        return path
+    names = [match[1] or match[2] for match in VARIABLE.finditer(path)]
+    missing = [name for name in names if name not in os.environ]
+    if missing:
+        raise UserError(f"{flag} {path}: the environment variable {missing[0]} isn't set")
+    return os.path.expanduser(os.path.expandvars(path))
+
+
+def path_argument(text: str) -> Path:
+    """A path on the command line of a script, for argparse."""
+    try:
+        return Path(expand_path(text, "path"))
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

@@ -17,7 +17,6 @@ import argparse
 import copy
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from transformers import BatchEncoding, GenerationConfig, logging
@@ -25,6 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from dft.chat.template import TEMPLATE_ERRORS
 from dft.errors import UserError
+from dft.files import path_argument
 from dft.model.trained import DTYPES, TrainedModel, find_device, load_trained
 from dft.program import program
 
@@ -59,7 +59,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         UserError: a flag outside its range.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="directory of a trained model or adapter")
+    parser.add_argument("model", type=path_argument, help="directory of a trained model or adapter")
     parser.add_argument("prompt", nargs="?", help="by default what is piped in, or else a conversation is held")
     parser.add_argument("--system", help="system prompt; a small model needs the one that it was trained with")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="tokens of an answer at most; by default 512")

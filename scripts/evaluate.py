@@ -26,6 +26,8 @@ from dft.data.prepared import PreparedData
 from dft.data.report import aligned
 from dft.distributed import has_accelerator
 from dft.errors import UserError
+from dft.files import path_argument
+from dft.model.fit import check_fit
 from dft.model.trained import DTYPES, TrainedModel, load_trained
 from dft.program import program
 from dft.tracking.run_info import read_run
@@ -48,6 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         config = data_config(args, run.get("data", {}))
         chat_format = ChatFormat.of(trained.tokenizer, config)
         data = prepare_on_each_node(config, chat_format, seed=training.seed)
+        check_fit(data, trained.model.config, trained.tokenizer, is_padded=True, grows=False)
         metrics = evaluate(training, trained, data, run)
     if training.process_index != 0:
         return
@@ -58,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="directory of a trained model, checkpoint or adapter")
+    parser.add_argument("model", type=path_argument, help="directory of a trained model, checkpoint or adapter")
     parser.add_argument("--data_files", nargs="+", required=True, help="files, directories, globs; all rows are used")
     parser.add_argument("--data_format", choices=("auto", *FORMATS), help="as in the training, else auto")
     parser.add_argument(
@@ -74,7 +77,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="by default what the model is saved in")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="by default GPUs, if there are any")
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
-    parser.add_argument("--output", type=Path, help="JSON file to write the numbers to")
+    parser.add_argument("--output", type=path_argument, help="JSON file to write the numbers to")
     args = parser.parse_args(argv)
     if args.batch_size < 1 or (args.max_length is not None and args.max_length < 1):
         raise UserError("--batch_size and --max_length must be at least 1")

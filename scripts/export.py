@@ -17,6 +17,7 @@ import torch
 from transformers import logging
 
 from dft.errors import UserError
+from dft.files import path_argument
 from dft.model.trained import DTYPES, TrainedModel, load_trained
 from dft.program import program
 
@@ -28,8 +29,10 @@ def main(argv: list[str] | None = None) -> None:
         UserError: a flag outside its range, a model that can't be loaded, or an output that can't be written.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="directory of an adapter, a model or a checkpoint")
-    parser.add_argument("--output", type=Path, required=True, help="an empty directory; it is made if it is missing")
+    parser.add_argument("model", type=path_argument, help="directory of an adapter, a model or a checkpoint")
+    parser.add_argument(
+        "--output", type=path_argument, required=True, help="an empty directory; it is made if it is missing"
+    )
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="by default what the model is saved in")
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
     parser.add_argument("--max_shard_size", default="5GB", help="size of a file of weights; by default 5GB")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dft.errors import UserError
+from dft.files import path_argument
 from dft.program import program
 from dft.tracking.curves import PANELS, series
 
@@ -31,9 +32,11 @@ def main(argv: list[str] | None = None) -> None:
         UserError: a run that can't be read, names that don't fit, or a picture that can't be written.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output directory of a run")
+    parser.add_argument("runs", nargs="+", type=path_argument, metavar="RUN", help="output directory of a run")
     parser.add_argument("--names", nargs="+", help="one for each run; by default the names of the directories")
-    parser.add_argument("--output", type=Path, default=Path("runs.png"), help="the picture; by default runs.png")
+    parser.add_argument(
+        "--output", type=path_argument, default=Path("runs.png"), help="the picture; by default runs.png"
+    )
     args = parser.parse_args(argv)
     names = run_names(args.runs, args.names)
     picture = args.output if args.output.suffix else args.output.with_suffix(".png")

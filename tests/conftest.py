@@ -25,9 +25,12 @@ OUTSIDE = (
 for name in [name for name in os.environ if re.fullmatch(OUTSIDE, name)]:
     del os.environ[name]
 
-# Before torch and deepspeed are imported: tests run on CPU, on any machine.
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
-os.environ["DS_ACCELERATOR"] = "cpu"
+# Before torch and deepspeed are imported: tests run on CPU, on any machine, unless those of tests/cuda are asked for.
+if os.environ.get("DFT_TEST_DEVICE") == "cuda":
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+else:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 CACHES = tempfile.mkdtemp(prefix="dft-tests-")  # of this session: nothing is from another one, or another processor
@@ -138,12 +141,13 @@ def make_trainer(tokenizer, tmp_path):
 
     def make(model=None, **settings) -> DFTTrainer:
         names = {*inspect.signature(DFTTrainer.__init__).parameters, *SETTINGS, "compute_loss_func"}
+        names |= {"processing_class", "train_dataset", "made_with"}
         own = {name: settings.pop(name) for name in names if name in settings}
         args = TrainingArguments(
             output_dir=str(tmp_path),
-            use_cpu=True,
             report_to="none",
             **{
+                "use_cpu": True,
                 "disable_tqdm": True,
                 "per_device_eval_batch_size": 3,
                 "logging_steps": 1,
@@ -156,9 +160,8 @@ def make_trainer(tokenizer, tmp_path):
             model or make_model(600, hidden_size=32, num_layers=2),
             args,
             data_collator=DataCollatorForSeq2Seq(tokenizer),
-            train_dataset=rows(16),
             eval_dataset=rows(11, seed=1),
-            **own,
+            **{"train_dataset": rows(16), **own},
         )
 
     return make

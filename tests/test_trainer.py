@@ -126,6 +126,15 @@ def test_compute_metrics_and_predict_still_work(make_trainer):
     assert trainer.predict(trainer.eval_dataset).predictions.shape[0] == 11
 
 
+@pytest.mark.parametrize("batch_size", [2, 16])
+def test_an_evaluation_is_of_all_rows_where_incomplete_batches_are_dropped(make_trainer, batch_size):
+    trainer = make_trainer(per_device_eval_batch_size=batch_size, dataloader_drop_last=True)
+    metrics = trainer.evaluate()
+    expected = recomputed(trainer.model, trainer.eval_dataset, 1.0)
+    for name in ("ce_loss", "acc"):
+        assert metrics[f"eval_{name}"] == pytest.approx(expected[name], rel=1e-5), name
+
+
 def test_several_evaluation_sets_have_metrics_of_their_own(make_trainer):
     trainer = make_trainer()
     single = trainer.evaluate()

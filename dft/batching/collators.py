@@ -7,6 +7,7 @@ cu_seq_lens, or in the position ids, so that no document sees another.
 Shapes: B rows, T tokens of the longest row, S tokens of all rows, D documents.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ class PaddingCollator(DataCollatorForSeq2Seq):
     """
 
     def __init__(self, tokenizer):
+        tokenizer = copy.copy(tokenizer)  # that of a base model may pad on the left, and is saved as it came
+        tokenizer.padding_side = "right"
         super().__init__(tokenizer, pad_to_multiple_of=PADDED_TO)
 
     def __call__(self, features: list[dict[str, Any]], return_tensors: str | None = None) -> dict[str, torch.Tensor]:

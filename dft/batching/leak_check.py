@@ -52,7 +52,7 @@ def check_isolation(model: nn.Module, inputs: dict, vocab_size: int) -> bool:
     device = inputs["input_ids"].device
     ids = torch.arange(3 * LENGTH, device=device) % vocab_size
     first, other_first, second = ids.split(LENGTH)
-    was_training = model.training
+    were_training = [(module, module.training) for module in model.modules()]  # an engine's may not be its model's
     model.eval()
     with torch.compiler.set_stance("force_eager"):  # compiling for so short a row would take far longer than it saves
         apart, joined = (
@@ -62,7 +62,8 @@ def check_isolation(model: nn.Module, inputs: dict, vocab_size: int) -> bool:
             ]
             for lengths in ([LENGTH, LENGTH], [2 * LENGTH])
         )
-    model.train(was_training)
+    for module, was_training in were_training:
+        module.training = was_training
     change_apart, change_joined = ((a - b).abs().max().item() for a, b in (apart, joined))
     if change_apart > LEAK_THRESHOLD * change_joined:
         raise LeakingDocuments(

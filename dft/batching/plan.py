@@ -60,6 +60,8 @@ class BatchPlan:
         rows_per_batch: items of a micro-batch: rows, or bins of rows.
         batches_per_step: micro-batches of a step, over ranks and accumulation.
         seed: of the order and of the bins.
+        num_ranks: processes that train.
+        drop_last: whether the last rows of an epoch are left out where they don't fill a micro-batch on every rank.
         strategy: order of the rows, see EpochOrder. None is group_by_length where rows are padded and micro-batches
             counted in rows, because the padding then depends on the order, else random.
     """
@@ -71,6 +73,8 @@ class BatchPlan:
     batches_per_step: int
     seed: int
     strategy: str | None = None
+    num_ranks: int = 1
+    drop_last: bool = False
 
     def __post_init__(self):
         if self.strategy is None:
@@ -99,6 +103,30 @@ class BatchPlan:
         bins = self.bins(lengths)
         return rows if bins is None else PackedRows(rows, bins)
 
+    def check_rows(self, lengths: np.ndarray) -> None:
+        """Raises UserError where incomplete micro-batches are dropped, and there is no complete one.
+
+        Args:
+            lengths: tokens of each training row, int [N].
+        """
+        if not self.drop_last:
+            return
+        bins = self.bins(lengths)
+        num_items, needed = _num_items(lengths, bins), self.rows_per_batch * self.num_ranks
+        if num_items < needed:
+            kind = "rows" if bins is None else "bins of rows"
+            raise UserError(
+                f"--dataloader_drop_last True: a micro-batch on each of {self.num_ranks} processes takes {needed} "
+                f"{kind}, and there are {num_items}, so that nothing would be trained on; drop the flag, or lower "
+                "--per_device_train_batch_size"
+            )
+
+    def steps_per_epoch(self, num_items: int) -> int:
+        """The optimizer's steps in an epoch of rows, or of bins of rows."""
+        batches = num_items / (self.rows_per_batch * self.num_ranks)
+        batches = math.floor(batches) if self.drop_last else math.ceil(batches)
+        return math.ceil(batches * self.num_ranks / self.batches_per_step)
+
     def add_to_report(self, report: dict[str, Any], lengths: np.ndarray, lengths_by_file: list[np.ndarray]) -> None:
         """Adds what an epoch consists of to a data report: rows, bins, padding, steps; and padding_waste to each file.
 
@@ -111,9 +139,9 @@ class BatchPlan:
         for entry, lengths_of_entry in zip([*report["files"], total], [*lengths_by_file, lengths], strict=True):
             entry["padding_waste"] = padding_waste(lengths_of_entry, self.rows_per_batch)
         bins = self.bins(lengths)
-        num_items = len(lengths) if bins is None else int(bins.max()) + 1
+        num_items = _num_items(lengths, bins)
         total["training_rows_per_epoch"] = len(lengths)
-        total["steps_per_epoch"] = math.ceil(num_items / (self.rows_per_batch * self.batches_per_step))
+        total["steps_per_epoch"] = self.steps_per_epoch(num_items)
         total["batching"] = self.batching
         total["padding_share"] = self.padding_share(lengths, bins) if self.batching == "padded" else 0.0
         if bins is not None:
@@ -143,6 +171,10 @@ class BatchPlan:
             bins = np.empty(num_rows, dtype=np.int64)
             bins[list(order)] = np.arange(num_rows) // self.rows_per_batch
         return 1 - int(lengths.sum()) / padded_tokens(lengths, bins)
+
+
+def _num_items(lengths: np.ndarray, bins: np.ndarray | None) -> int:
+    return len(lengths) if bins is None else int(bins.max()) + 1
 
 
 def padding_waste(lengths: np.ndarray, batch_size: int) -> float | None:
@@ -178,4 +210,6 @@ def plan_batches(args: DFTTrainingArguments, max_length: int, config: Pretrained
         batches_per_step=args.gradient_accumulation_steps * args.world_size,
         seed=args.seed if args.data_seed is None else args.data_seed,
         strategy=args.train_sampling_strategy,
+        num_ranks=args.world_size,
+        drop_last=args.dataloader_drop_last,
     )

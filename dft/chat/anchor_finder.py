@@ -18,6 +18,8 @@ from dft.chat.template_shape import end_of_turn, learn_shape
 from dft.reading.messages import is_empty
 from dft.reading.rows import RowError
 
+REMEDY = "give one that does with --chat_template FILE"
+
 
 class Conversation(NamedTuple):
     """What a template renders."""
@@ -177,15 +179,13 @@ def _anchors_of_turn(number: int, message: dict, indices: list[int], anchors: li
     """The indices of the first and the last anchor of an assistant turn, which is shown whole and in one place."""
     if not indices:
         what = "the tool calls of message" if message.get("tool_calls") else "assistant message"
-        detail = f"the chat template doesn't show {what} {number}: give one that does with --chat_template FILE"
+        detail = f"the chat template doesn't show {what} {number}: {REMEDY}"
         raise RowError("unverified_mask", detail)
     own = _without_repeated_names(indices, anchors)
     shown = {anchors[index].part.removeprefix("name") for index in own}
     if any(str(i) not in shown for i in range(len(message.get("tool_calls") or []))):
-        raise RowError(
-            "unverified_mask",
-            f"the chat template doesn't show every tool call of message {number}: give one that does with --chat_template FILE",
-        )
+        detail = f"the chat template doesn't show every tool call of message {number}: {REMEDY}"
+        raise RowError("unverified_mask", detail)
     first, last = own[0], own[-1]
     if any(a.number != number for a in anchors[first : last + 1]):
         raise RowError("unverified_mask", f"the text of message {number} is shown in several places")

@@ -31,7 +31,7 @@ class ControlTokens:
             writes, such as DeepSeek's role tokens. CONTENT_TAGS are none.
         unmarked: matches a control token of the template.
         trailing: matches one at the end of a text, with white space after it; group 1 is the token.
-        tags: matches those of CONTENT_TAGS that are tokens of this tokenizer.
+        tags: matches those of CONTENT_TAGS that are tokens of this tokenizer; None if none is.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, written: str = ""):
@@ -45,7 +45,7 @@ class ControlTokens:
             for token_id, token in added.items()
             if token.special or token.content in in_template
         }
-        self.tags = re.compile(one_of(tags))
+        self.tags = re.compile(one_of(tags)) if tags else None
         token = one_of({*self.ids, tokenizer.eos_token or "<|im_end|>", "<|im_start|>", "<|im_end|>"})
         self.unmarked = re.compile(rf"(?<!{MARK_START})(?:{token})")
         self.trailing = re.compile(rf"(?<!{MARK_START})({token})\s*\Z")

@@ -170,6 +170,8 @@ class ChatTemplate:
     def has_typed_tags(self, messages: list[dict]) -> bool:
         """Whether tags that stand in turns, such as <think>, stand in a text that is not the assistant's."""
         tags = self.control.tags
+        if tags is None:
+            return False
         return any(message["role"] != "assistant" and tags.search(message["content"]) for message in messages)
 
     def render(

@@ -2,21 +2,24 @@
 
 import json
 import logging
+from functools import partial
 from pathlib import Path
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from dft.checkpoints.integrity import check_complete, check_whole
+from dft.distributed import once_per_node
 from dft.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 
 def find_checkpoint(args: TrainingArguments) -> tuple[str | None, int]:
-    """The checkpoint directory to resume from, or None, and its step.
+    """The checkpoint directory to resume from, or None, and its step. All ranks must call it together.
 
     Raises:
-        UserError: there is none, it holds the model alone, or nothing is left to train.
+        UserError: there is none, it isn't whole, it holds the model alone, or nothing is left to train.
     """
     wanted = args.resume_from_checkpoint
     if wanted is None or wanted.lower() == "false":
@@ -29,19 +32,10 @@ def find_checkpoint(args: TrainingArguments) -> tuple[str | None, int]:
                 f"--resume_from_checkpoint: no checkpoint in {args.output_dir}; drop the flag to start anew"
             )
     path = Path(wanted)
-    try:
-        state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--resume_from_checkpoint {path}: not a whole checkpoint (trainer_state.json: {error})"
-        ) from error
-    if not any(path.glob("optimizer*")) and not any(path.glob("global_step*")):
-        raise UserError(
-            f"--resume_from_checkpoint {path}: it holds the model alone (--save_only_model). Start a new run from it "
-            f"with --model_name_or_path {path}"
-        )
+    step, epoch = read_position(path)
+    check_complete(path)
+    once_per_node(partial(check_whole, path))
     # Trainer would train one step more, or none and write empty results
-    step, epoch = state.get("global_step", 0), state.get("epoch") or 0.0
     if step >= args.max_steps if args.max_steps > 0 else epoch >= args.num_train_epochs:
         raise UserError(
             f"--resume_from_checkpoint {path}: nothing is left to train, it is at step {step} and epoch {epoch:g}; "
@@ -49,6 +43,20 @@ def find_checkpoint(args: TrainingArguments) -> tuple[str | None, int]:
         )
     logger.info("Going on from %s, which is at step %d", path, step)
     return str(path), step
+
+
+def read_position(checkpoint: Path) -> tuple[int, float]:
+    """The step and the epoch that a checkpoint was saved at.
+
+    Raises:
+        UserError: it has no valid trainer_state.json.
+    """
+    path = checkpoint / "trainer_state.json"
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        return int(state.get("global_step", 0)), float(state.get("epoch") or 0.0)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"--resume_from_checkpoint {checkpoint}: not a whole checkpoint ({path}: {error})") from error
 
 
 def _warn_of_earlier_run(output_dir: str) -> None:

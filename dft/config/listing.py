@@ -31,7 +31,8 @@ def load_listing() -> dict[str, Any]:
         listing = json.loads(CACHE.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return make_listing()
-    return listing if listing["made_from"] == made_from() else make_listing()
+    is_current = isinstance(listing, dict) and listing.get("made_from") == made_from()
+    return listing if is_current else make_listing()
 
 
 def made_from() -> dict[str, str]:

@@ -24,6 +24,11 @@ class ModelConfig:
         "auto",
     )
     attn_strict: bool = option("Stop, instead of falling back, where flash_attention_2 can't run.", False)
+    resize_embeddings: bool = option(
+        "Add rows to the model's embedding for tokens of the tokenizer that have none; they begin as the mean of the "
+        "others.",
+        False,
+    )
     trust_remote_code: bool = option("Run Python code that comes with the model. Only for sources you trust.", False)
 
     @property

@@ -13,7 +13,7 @@ COMMON_TRAINING_FLAGS = set(
     "gradient_accumulation_steps learning_rate lr_scheduler_type warmup_ratio weight_decay max_grad_norm bf16 "
     "activation_checkpointing seed deepspeed logging_steps logging_dir disable_tqdm report_to run_name project "
     "eval_strategy eval_steps save_strategy save_steps save_total_limit save_only_model metric_for_best_model "
-    "load_best_model_at_end resume_from_checkpoint dataloader_num_workers".split()
+    "load_best_model_at_end resume_from_checkpoint resume_anyway do_train dataloader_num_workers".split()
 )
 TRUE, FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
@@ -72,6 +72,13 @@ def known_options(listing: dict[str, Any]) -> list[str]:
     entries = [entry for group in listing["groups"].values() for entry in group if entry.get("action") is None]
     flags = [flag for entry in entries for flag in entry["flags"] if "-" not in flag.lstrip("-")]
     return ["--config", *flags]
+
+
+def flag_names(listing: dict[str, Any]) -> dict[str, str]:
+    """The name of the flag that each of `known_options` sets."""
+    entries = [entry for group in listing["groups"].values() for entry in group]
+    dest_of = {flag: entry["dest"] for entry in entries for flag in entry["flags"]} | {"--config": "config"}
+    return {option: dest_of[option] for option in known_options(listing)}
 
 
 def _add_flag(group: argparse._ArgumentGroup, entry: dict[str, Any]) -> None:

@@ -81,12 +81,25 @@ class DFTTrainingArguments(TrainingArguments):
         "Evaluation metric that decides which checkpoint is the best, which --save_total_limit always keeps: eval_acc "
         "(by default), eval_ce_loss, eval_perplexity, eval_avg_p_correct."
     )
-    save_total_limit: int | None = option("Checkpoints to keep: the newest and the best. By default all.")
+    save_total_limit: int | None = option(
+        "Checkpoints to keep, at least 1. The newest and the best are always kept, even if that makes 2. By default "
+        "all."
+    )
     save_only_model: bool = option(
         "Checkpoints hold the model alone: smaller, but training can't be resumed from them.", False
     )
     resume_from_checkpoint: str | None = option(
         "Checkpoint directory to go on from; 'last' for that of --output_dir with the highest step."
+    )
+    resume_anyway: bool = option(
+        "Go on from a checkpoint that was made with other data, batches, objective, model or number of processes, "
+        "which is refused otherwise.",
+        False,
+    )
+    do_train: bool = option(
+        "False: only evaluate the model of --model_name_or_path, and write eval_results.json; nothing is trained, and "
+        "no model is saved.",
+        True,
     )
 
     def __post_init__(self):
@@ -106,6 +119,10 @@ class DFTTrainingArguments(TrainingArguments):
         if self.accelerator_config.dispatch_batches or self.accelerator_config.split_batches:
             raise UserError(
                 "--accelerator_config: dispatch_batches and split_batches take all batches to be of one size"
+            )
+        if not self.do_train and self.deepspeed_plugin is not None and self.deepspeed_plugin.zero_stage != 3:
+            raise UserError(
+                "--do_train False: DeepSpeed evaluates with ZeRO-3 alone; use ds_config/zero3.json, or none"
             )
         if self.n_gpu > 1:
             logger.warning(

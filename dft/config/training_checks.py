@@ -60,6 +60,25 @@ def check_row_fits(args: Any, data: DataConfig) -> None:
         )
 
 
+def check_evaluation(args: Any, data: DataConfig) -> None:
+    """Raises UserError where evaluations are needed, and there is no data for them; or where one is all there is."""
+    for flag, needs in (
+        ("--do_train False", not args.do_train),
+        ("--save_strategy best", args.save_strategy == "best"),
+    ):
+        if needs and not data.has_evaluation:
+            raise UserError(
+                f"{flag} needs evaluation data: give --eval_data_files, or a --validation_split_percentage above 0"
+            )
+    if args.do_train:
+        return
+    if args.resume_from_checkpoint not in (None, "False", "false"):
+        raise UserError(
+            f"--do_train False and --resume_from_checkpoint {args.resume_from_checkpoint}: to evaluate a checkpoint, "
+            "give it as --model_name_or_path"
+        )
+
+
 def _check_trackers(args: Any, trackers: Collection[str]) -> None:
     names = tracker_names(args.report_to)
     for name in [] if names in (["all"], ["none"]) else names:
@@ -131,6 +150,10 @@ def _check_checkpoints(args: Any) -> None:
     if metric is not None and metric.removeprefix("eval_") not in EVALUATION_METRICS:
         known = ", ".join(f"eval_{name}" for name in EVALUATION_METRICS)
         raise UserError(f"--metric_for_best_model is {metric}; it must be one of {known}")
+    if args.save_total_limit is not None and args.save_total_limit < 1:
+        raise UserError(f"--save_total_limit is {args.save_total_limit}; it must be at least 1. To keep all, drop it")
+    if args.save_strategy == "best" and args.eval_strategy == "no":
+        raise UserError("--save_strategy best needs evaluations: drop --eval_strategy no, or the flag")
     if args.load_best_model_at_end and args.save_only_model and args.deepspeed:
         raise UserError("--load_best_model_at_end can't be combined with --save_only_model under DeepSpeed: drop one")
 

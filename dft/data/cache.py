@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import time
+import zlib
 from collections.abc import Callable, Iterable
 from datetime import date
 from importlib.metadata import version
@@ -22,6 +23,9 @@ from dft.errors import UserError
 logger = logging.getLogger(__name__)
 
 CACHE_DIRECTORY = Path(HF_DATASETS_CACHE) / "dft"
+
+CHECKSUMS = "checksums.json"  # {file of an entry: its CRC-32}
+CHUNK = 1 << 20  # bytes
 
 # the code that decides how text becomes tokens and labels
 ROOMS = ("reading", "chat", "data")
@@ -63,7 +67,8 @@ def cached(directory: Path, key: str, build: Callable[[Path], None], overwrite: 
     """The directory of a cache entry, filled by `build` if it isn't there yet.
 
     Of several processes that want the same entry at once, one builds it and the others wait. An entry gets its name
-    when it is whole, so that what a killed process left behind is never taken for one.
+    when it is whole, so that what a killed process left behind is never taken for one. An entry whose files have
+    changed since, as by a disk that was full or failed, is made anew.
 
     Raises:
         UserError: the directory can't be written to; or by `build`.
@@ -79,11 +84,16 @@ def cached(directory: Path, key: str, build: Callable[[Path], None], overwrite: 
         raise UserError(f"--data_cache_dir {directory} can't be written to: {error.strerror}") from error
     try:
         if target.is_dir() and (not overwrite or target.stat().st_mtime > start):
-            logger.info("Tokenized data from the cache: %s", target)
-            return target
+            damage = find_damage(target)
+            if damage is None:
+                logger.info("Tokenized data from the cache: %s", target)
+                return target
+            logger.warning("The cache entry %s is damaged (%s): the data is prepared anew", target, damage)
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
         build(unfinished)
+        written = {path.name: checksum(path) for path in sorted(unfinished.iterdir())}
+        (unfinished / CHECKSUMS).write_text(json.dumps(written), encoding="utf-8")
         if target.is_dir():  # others may be reading it, so it is moved away whole
             target.rename(replaced)
         unfinished.rename(target)
@@ -101,3 +111,32 @@ def cached(directory: Path, key: str, build: Callable[[Path], None], overwrite: 
         lock.release()
     logger.info("Tokenized data kept in %s", target)
     return target
+
+
+def find_damage(entry: Path) -> str | None:
+    """What is wrong with the files of an entry, in words; None if they are as they were written.
+
+    Other files, such as those that datasets puts beside a table, are not looked at.
+    """
+    try:
+        written = json.loads((entry / CHECKSUMS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return f"{CHECKSUMS}: {error}"
+    if not isinstance(written, dict) or not written:
+        return f"{CHECKSUMS} holds something else"
+    for name, value in written.items():
+        try:
+            if checksum(entry / name) != value:
+                return f"{name} is not what was written"
+        except (OSError, ValueError) as error:
+            return f"{name}: {error}"
+    return None
+
+
+def checksum(path: Path) -> int:
+    """The CRC-32 of a file: against accidents, and faster than the disks that it is read from."""
+    value = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            value = zlib.crc32(chunk, value)
+    return value

@@ -1,6 +1,7 @@
 """Channels: the sources of rows that have metrics of their own, by data file or by the rows' field `channel`."""
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dft.config.data import MAX_CHANNELS, Channels
+from dft.data.names import numbered, shortest_endings
 from dft.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -15,16 +17,11 @@ logger = logging.getLogger(__name__)
 
 def file_names(paths: Sequence[str]) -> list[str]:
     """A short name for each file: without its ending, with as many directories as it takes to tell files apart."""
-    whole = [Path(path).resolve() for path in paths]
+    whole = [Path(os.path.abspath(path)) for path in paths]
     stems = [(*path.parts[1:-1], _stem(path.name)) for path in whole]
     twice = {parts for parts, count in Counter(stems).items() if count > 1}  # which differ in their endings
     stems = [(*s[:-1], path.name) if s in twice else s for s, path in zip(stems, whole, strict=True)]
-    tails = Counter(parts[-n:] for parts in stems for n in range(1, len(parts) + 1))
-    names = []
-    for parts in stems:
-        n = next((n for n in range(1, len(parts)) if tails[parts[-n:]] == 1), len(parts))
-        names.append("/".join(parts[-n:]))
-    return ["".join(c if c.isprintable() else "_" for c in name) for name in names]
+    return numbered(["".join(c if c.isprintable() else "_" for c in name) for name in shortest_endings(stems)])
 
 
 def _stem(name: str) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dft.data.prepared import PreparedData
-from dft.data.report import report_cells, report_notes, runs
+from dft.data.report import report_cells, report_notes, report_warnings, runs
 
 BARS = 40
 WIDTH, HEIGHT, FOOT = 720, 160, 20  # of the histogram, in pixels
@@ -58,7 +58,9 @@ def write_page(data: PreparedData, tokenizer: PreTrainedTokenizerBase, path: Pat
         table="\n".join(
             "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in line) + "</tr>" for tag, line in rows
         ),
-        notes="\n".join(f"<li>{escape(note)}</li>" for note in report_notes(data.report)),
+        notes="\n".join(
+            f"<li>{escape(note)}</li>" for note in report_warnings(data.report) + report_notes(data.report)
+        ),
         histogram=histogram(data.lengths),
         samples="\n".join(samples),
     )

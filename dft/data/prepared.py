@@ -25,6 +25,7 @@ class PreparedData:
     train_files: np.ndarray  # int32 [rows of train], index into report["files"]
     train_lines: np.ndarray  # int64 [rows of train], where the row begins in its file
     lengths: np.ndarray  # int32 [rows of train], tokens
+    longest: int  # tokens of the longest row, of training and evaluation
     report: dict[str, Any]  # see report.make_report
     samples: list[SampleRow]  # the first training row of each file
     directory: Path  # rejected.jsonl is there
@@ -38,6 +39,15 @@ class PreparedData:
     def num_evaluation(self) -> int:
         """Rows to evaluate on."""
         return 0 if self.evaluation is None else len(self.evaluation)
+
+    def ids_from(self, first: int) -> list[int]:
+        """The token ids from `first` on that occur in the rows to train and to evaluate on, sorted."""
+        found: set[int] = set()
+        for rows in (self.train, self.evaluation):
+            for chunk in [] if rows is None else rows.data.column("input_ids").chunks:
+                ids = np.asarray(chunk.flatten())
+                found.update(np.unique(ids[ids >= first]).tolist())
+        return sorted(found)
 
     def training_lengths(self) -> list[np.ndarray]:
         """The lengths in tokens, int32, of the training rows of each file, as often as an epoch sees them."""
@@ -75,6 +85,7 @@ def load_prepared(directory: Path, channels: Channels = "auto") -> PreparedData:
         train_files=file[train],
         train_lines=line[train],
         lengths=length[train],
+        longest=int(length.max()),
         report=report,
         samples=samples,
         directory=directory,

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from dft.config.data import DataConfig
 from dft.data.page import write_page
 from dft.data.prepared import PreparedData
-from dft.data.report import report_table, show_row, write_report
+from dft.data.report import report_table, report_warnings, show_row, write_report
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,8 @@ def show_data(data: PreparedData, config: DataConfig, tokenizer: PreTrainedToken
         logger.info("Sources with metrics of their own: %s", ", ".join(data.channels))
     for line in report_table(data.report).splitlines():
         logger.info(line)
+    for warning in report_warnings(data.report):
+        logger.warning(warning)
     for row in data.samples:
         if config.dry_run:
             print(show_row(row, tokenizer), end="\n\n")

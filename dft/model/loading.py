@@ -16,6 +16,8 @@ from transformers import (
 
 from dft.config.model import ModelConfig
 from dft.errors import UserError
+from dft.model.fit import tokenizer_size
+from dft.model.resizing import add_rows
 from dft.model.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -34,24 +36,17 @@ def load_model_tokenizer(settings: ModelConfig, chat_template: str | None) -> Pr
     return load_tokenizer(name, f"--model_name_or_path {name}", chat_template, **settings.source)
 
 
-def load_config(settings: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
-    """The model's configuration, checked before any data is prepared for it.
+def load_config(settings: ModelConfig) -> PretrainedConfig:
+    """The model's configuration.
 
     Raises:
-        UserError: it can't be loaded, or its vocabulary is smaller than the tokenizer's.
+        UserError: it can't be loaded.
     """
     name = settings.model_name_or_path
     try:
-        config = AutoConfig.from_pretrained(name, **settings.source)
+        return AutoConfig.from_pretrained(name, **settings.source)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"--model_name_or_path {name}: its configuration can't be loaded: {error}") from error
-    text_config = config.get_text_config()
-    if len(tokenizer) > text_config.vocab_size:
-        raise UserError(
-            f"--model_name_or_path {name}: its tokenizer has {len(tokenizer)} tokens, the model "
-            f"{text_config.vocab_size}; resize the embedding and save the model before training"
-        )
-    return config
 
 
 def computes_in_16_bits(settings: ModelConfig, args: TrainingArguments, config: PretrainedConfig) -> bool:
@@ -61,11 +56,16 @@ def computes_in_16_bits(settings: ModelConfig, args: TrainingArguments, config: 
 
 
 def load_model(
-    settings: ModelConfig, args: TrainingArguments, config: PretrainedConfig, attention: str
+    settings: ModelConfig,
+    args: TrainingArguments,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    attention: str,
 ) -> PreTrainedModel:
     """The model, sharded at once under ZeRO-3.
 
     Args:
+        tokenizer: whose size the embedding gets where the settings ask for it.
         attention: the attention implementation, see dft.batching.attention.choose_attention.
 
     Raises:
@@ -80,6 +80,8 @@ def load_model(
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(f"--model_name_or_path {name}: the model can't be loaded: {error}") from error
+    if settings.resize_embeddings:
+        add_rows(model, tokenizer_size(tokenizer))
     size = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ZeRO-3 leaves numel() at 0
     logger.info("Model: %s, %.1f M parameters, %s, %s", type(model).__name__, size / 1e6, model.dtype, attention)
     if model.dtype != torch.float32 and args.deepspeed_plugin is None:

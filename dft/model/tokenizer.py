@@ -13,7 +13,7 @@ PROBE = "Is anything there?"
 
 
 def load_tokenizer(name: str, what: str, chat_template: str | None = None, **source: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, padding on the right, with a padding token.
+    """The tokenizer of a model, with a padding token.
 
     Args:
         name: a directory, or a name on the hub.
@@ -33,7 +33,6 @@ def load_tokenizer(name: str, what: str, chat_template: str | None = None, **sou
         raise UserError(f"{what}: there are no files of a tokenizer; copy them from the base model")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "right"
     if chat_template is not None:
         tokenizer.chat_template = read_chat_template(chat_template)
     return tokenizer

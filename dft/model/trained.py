@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -10,10 +11,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from dft.chat.format import ChatFormat
 from dft.errors import UserError
-from dft.model.tokenizer import LOADING_ERRORS, load_tokenizer
+from dft.model.tokenizer import LOADING_ERRORS, load_tokenizer, special_token_ids
 from dft.reading.rows import RowError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+ANSWERS = ("Hello.", "It is 42")  # which end differently
 MODEL_ERRORS = (*LOADING_ERRORS, RuntimeError, SafetensorError)
 
 
@@ -110,11 +112,25 @@ def find_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     A base model's own end token is often not the one that turns were trained to end with.
     """
     own = model.generation_config.eos_token_id
-    ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id}
-    probe = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
-    try:
-        labels = ChatFormat(tokenizer, train_on="last").encode(probe).labels
-        ends.add(int(labels[labels >= 0][-1]))
-    except RowError:
-        pass  # a template that doesn't take this conversation
+    ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, turn_end_token(ChatFormat(tokenizer))}
     return sorted(ends - {None})
+
+
+def turn_end_token(chat_format: ChatFormat) -> int | None:
+    """The id of the token that an assistant turn is trained to end with; None if turns have none of their own.
+
+    It is the last special or added token after what the assistant says. The last supervised token alone wouldn't do:
+    it may be a line break, or the full stop of the answer, where a template doesn't mark the end of a turn.
+    """
+    tokenizer = chat_format.tokenizer
+    endings = []  # of the labels, backwards
+    try:
+        for answer in ANSWERS:
+            probe = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]
+            labels = chat_format.encode(probe).labels
+            endings.append(labels[labels >= 0][::-1].tolist())
+    except RowError:
+        return None  # a template that doesn't take this conversation
+    after_answer = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(*endings, strict=False))]
+    marks = {*tokenizer.added_tokens_decoder, *special_token_ids(tokenizer)}
+    return next((token for token in after_answer if token in marks), None)

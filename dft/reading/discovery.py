@@ -1,18 +1,20 @@
 """Find the data files that paths, directories and globs name."""
 
-import glob
 import logging
+import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from dft.errors import UserError
-from dft.reading.streams import COMPRESSED
+from dft.files import expand_path
+from dft.reading.walk import SUFFIXES, Findings, find_below, find_matches, is_data_file
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".json", ".jsonl", ".parquet")
 SAMPLED_PATTERN = re.compile(r"(.+)#(\d+)")
+EXAMPLES = 5  # paths that a message names
 
 
 @dataclass(frozen=True)
@@ -37,36 +39,80 @@ def find_data_files(patterns: list[str], flag: str, weights: list[float] | None 
     """
     if weights is not None and len(weights) != len(patterns):
         raise UserError(f"--data_weights has {len(weights)} values for {len(patterns)} --{flag}: give one for each")
-    found: dict[Path, DataFile] = {}
+    file_of: dict[Path, DataFile] = {}
     problems = []
+    repeated = []
     for pattern, weight in zip(patterns, weights or [1.0] * len(patterns), strict=True):
-        sample = None if Path(pattern).exists() else SAMPLED_PATTERN.fullmatch(pattern)
-        name, max_rows = (sample[1], int(sample[2])) if sample else (pattern, None)
-        path = Path(name).expanduser()
-        files = _matching_files(path)
-        if not files:
-            what = "no data file in this directory" if path.is_dir() else "no such file"
-            problems.append(f"  {pattern}: {what}")
-        for file_path in files:
-            file = DataFile(file_path, max_rows, weight)
-            problems += _problems(file, earlier=found.setdefault(Path(file_path).resolve(), file))
+        whole = expand_path(pattern, f"--{flag}")
+        sample = None if Path(whole).exists() else SAMPLED_PATTERN.fullmatch(whole)
+        name, max_rows = (sample[1], int(sample[2])) if sample else (whole, None)
+        found = _find(Path(name))
+        problems += _what_is_missing(pattern, Path(name), found)
+        _report(name, found)
+        for path in found.files:
+            file = DataFile(path, max_rows, weight)
+            earlier = file_of.setdefault(Path(path).resolve(), file)
+            problems += _problems(file, earlier)
+            repeated += [] if earlier is file else [path]
     if problems:
         raise UserError(f"--{flag}:\n" + "\n".join(problems))
-    return list(found.values())
+    if repeated:
+        logger.info("--%s names %s more than once; read once: %s", flag, _count(repeated, "file"), _examples(repeated))
+    return list(file_of.values())
 
 
-def _matching_files(path: Path) -> list[str]:
+def _find(path: Path) -> Findings:
     """The file itself, the data files below a directory, or the files that a glob matches."""
     if path.is_file():
-        return [str(path)]
-    if not path.is_dir():
-        return sorted(f for f in glob.glob(str(path), recursive=True) if Path(f).is_file())
-    everything = sorted(str(p) for p in path.rglob("*") if not p.is_dir())
-    files = [f for f in everything if is_data_file(Path(f)) and Path(f).is_file()]
-    if skipped := sorted(set(everything) - set(files)):
-        names = ", ".join(Path(f).name for f in skipped[:5])
-        logger.warning("%s: %d files that are not data are skipped: %s", path, len(skipped), names)
-    return files
+        return Findings([str(path)])
+    return find_below(str(path)) if path.is_dir() else find_matches(str(path))
+
+
+def _what_is_missing(pattern: str, path: Path, found: Findings) -> list[str]:
+    """Errors for a pattern that names nothing, and for directories that can't be read."""
+    problems = [f"  {directory}: this directory can't be read" for directory in found.unreadable]
+    if found.files or problems:
+        return problems
+    if path.is_symlink() and not path.exists():
+        return [f"  {pattern}: a broken link, to {os.readlink(path)}"]
+    if path.is_dir():
+        what = "no data file in this directory"
+    else:
+        what = "neither a file nor a directory" if path.exists() else "no such file"
+    left_out = [
+        _count(paths, kind) for paths, kind in ((found.hidden, "hidden entry"), (found.broken, "broken link")) if paths
+    ]
+    return [f"  {pattern}: {what}" + (f", only {' and '.join(left_out)}" if left_out else "")]
+
+
+def _report(name: str, found: Findings) -> None:
+    """Logs what was left out below a directory or by a glob."""
+    levels: list[tuple[Callable[..., None], list[str], str, str]] = [
+        (logger.warning, found.broken, "broken link", "skipped"),
+        (logger.warning, found.around, "link", "not followed, as they lead to a directory that contains them"),
+        (logger.warning, found.not_data, "file", f"skipped, whose names don't end in {', '.join(SUFFIXES)}"),
+        (logger.info, found.hidden, "hidden entry", "skipped; a hidden path that is given itself is read"),
+        (logger.info, found.repeated, "path", "skipped, which lead to what is read already"),
+    ]
+    for log, paths, kind, what in levels:
+        if paths:
+            log("%s: %s %s: %s", name, _count(paths, kind), what, _examples(paths, name))
+
+
+def _count(paths: list[str], kind: str) -> str:
+    number = len(set(paths))
+    plural = f"{kind[:-1]}ies" if kind.endswith("y") else f"{kind}s"
+    return f"{number} {kind if number == 1 else plural}"
+
+
+def _examples(paths: list[str], below: str = "") -> str:
+    """The first few of some paths, as they are called below a directory, with the targets of links."""
+    different = list(dict.fromkeys(paths))
+    names = []
+    for path in different[:EXAMPLES]:
+        target = f" -> {os.readlink(path)}" if os.path.islink(path) else ""
+        names.append(path.removeprefix(below + os.sep) + target)
+    return ", ".join(names) + (", …" if len(different) > EXAMPLES else "")
 
 
 def _problems(file: DataFile, earlier: DataFile) -> list[str]:
@@ -78,11 +124,3 @@ def _problems(file: DataFile, earlier: DataFile) -> list[str]:
     if file.path.encode("utf-8", "replace").decode() != file.path:
         return [f"  {file.path!a}: rename it, the name is not UTF-8"]
     return []
-
-
-def is_data_file(path: Path) -> bool:
-    """Whether the suffix of a file is one that rows can be read from."""
-    if path.suffix in COMPRESSED:
-        path = path.with_suffix("")
-        return path.suffix in SUFFIXES and path.suffix != ".parquet"
-    return path.suffix in SUFFIXES

@@ -77,6 +77,8 @@ def _from_sharegpt(message: dict[str, Any], place: str, role_map: dict[str, str]
 
 def _with_tool_calls(message: dict[str, Any], place: str) -> dict[str, Any]:
     """The message with `tool_calls` only where it has calls; OpenAI's older API has one `function_call`."""
+    if "tool_calls" not in message and "function_call" not in message:
+        return message
     function, calls = message.get("function_call"), message.get("tool_calls")
     if calls not in (None, []):
         _check_tool_calls(calls, place)

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import TrainerState, TrainingArguments
 
+from dft.data.names import file_labels
 from dft.tracking.curves import final_weights_are_best, series
 
 logger = logging.getLogger(__name__)
@@ -135,15 +136,16 @@ def _cell(text: str) -> str:
 
 def _data_table(report: dict[str, Any]) -> str:
     """Rows and tokens of each data file."""
+    names = file_labels([entry["path"] for entry in report["files"]])
     lines = [
         (
-            Path(entry["path"]).name,
+            name,
             f"{entry['rows_read']:,}",
             f"{entry['kept']:,}",
             f"{entry['tokens']:,}",
             f"{entry['supervised_tokens']:,}",
         )
-        for entry in report["files"]
+        for name, entry in zip(names, report["files"], strict=True)
     ]
     return _table(("file", "rows read", "rows used", "tokens", "supervised tokens"), lines)
 
@@ -151,7 +153,7 @@ def _data_table(report: dict[str, Any]) -> str:
 def _held_out(about: dict[str, Any]) -> str:
     """A sentence about the training and evaluation rows."""
     rows = about["num_rows"]
-    files = ", ".join(Path(path).name for path in about["data"]["eval_data_files"] or ())
+    files = ", ".join(file_labels(list(dict.fromkeys(about["data"]["eval_data_files"] or ()))))
     source = f"from {files}" if files else "held out"
     return f"{rows['training']:,} rows were trained on in an epoch, {rows['evaluation']:,} evaluated on, {source}."
 

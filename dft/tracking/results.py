@@ -19,15 +19,23 @@ def save_run(trainer: Trainer, metrics: dict[str, float]) -> None:
         metrics: of the training.
     """
     args = trainer.args
+    trainer.save_model()  # first, so that whatever happens in an evaluation, the model is there
     _save_metrics(trainer, "train", metrics)
     if trainer.eval_dataset is not None:
         _save_metrics(trainer, "eval", _evaluation_of_final_weights(trainer))
-    trainer.save_model()
     trainer.save_state()
     if args.process_index == 0:
         # Trainer pickles its arguments, but a published model should hold no pickle; the JSON masks tokens and keys
         (Path(args.output_dir) / "training_args.bin").unlink(missing_ok=True)
         (Path(args.output_dir) / "training_args.json").write_text(args.to_json_string() + "\n", encoding="utf-8")
+
+
+def save_evaluation(trainer: Trainer) -> None:
+    """Evaluates a model that isn't trained here, and writes the metrics to the output directory alone.
+
+    All ranks must call it together.
+    """
+    _save_metrics(trainer, "eval", trainer.evaluate())
 
 
 def _evaluation_of_final_weights(trainer: Trainer) -> dict[str, float]:

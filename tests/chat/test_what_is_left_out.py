@@ -194,7 +194,7 @@ AFTER_A_RESULT = """\
 
 
 def test_turns_around_the_result_of_a_tool(tokenizer):
-    """A call ends with the token behind which generation stops; a header that no prompt writes is no part of a turn."""
+    """A call ends where generation stops; a header that no generation prompt writes is no part of a turn."""
     names = "<|turn|> <|end|> <|call|> <|call_end|> <|result|> <|result_end|>".split()
     tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
     chat_format = make_format(tokenizer, AFTER_A_RESULT)

@@ -152,6 +152,23 @@ WRONG = {
     "tracker": (["--report_to", "swanlabb"], "unknown tracker swanlabb; did you mean swanlab?"),
     "strategy": (["--eval_strategy", "sometimes"], "--eval_strategy is sometimes; it must be one of no, steps, epoch"),
     "python only": (["--parallelism_config", "{}"], "only given from Python"),
+    "no checkpoints to keep": (["--save_total_limit", "0"], "--save_total_limit is 0; it must be at least 1"),
+    "the best without evaluations": (
+        ["--save_strategy", "best", "--eval_strategy", "no"],
+        "--save_strategy best needs evaluations",
+    ),
+    "the best without data": (
+        ["--save_strategy", "best", "--validation_split_percentage", "0"],
+        "--save_strategy best needs evaluation data",
+    ),
+    "nothing to do": (
+        ["--do_train", "False", "--validation_split_percentage", "0"],
+        "--do_train False needs evaluation data",
+    ),
+    "nothing to go on with": (
+        ["--do_train", "False", "--resume_from_checkpoint", "last"],
+        "to evaluate a checkpoint, give it as --model_name_or_path",
+    ),
     "evaluation without data": (
         ["--validation_split_percentage", "0", "--eval_strategy", "steps"],
         "--eval_strategy steps needs evaluation data",

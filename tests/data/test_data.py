@@ -24,7 +24,8 @@ from dft.data import cache as data_cache
 from dft.data.cache import cached
 from dft.data.page import write_page
 from dft.data.pipeline import reject_untrainable
-from dft.data.report import report_table, show_row
+from dft.data.report import report_table, report_warnings, show_row
+from dft.data.show import show_data
 from dft.errors import UserError
 from dft.reading.rows import Conversation, RejectedRow
 from dft.reading.strict_json import MAX_NESTING
@@ -408,7 +409,7 @@ def test_two_at_once_build_once_and_a_killed_build_leaves_nothing(tmp_path):
         process.join()
         assert process.exitcode == 0
     assert (tmp_path / "builds").read_text() == "built\n"
-    assert sorted(p.name for p in (tmp_path / "key").iterdir()) == ["half", "whole"]
+    assert sorted(p.name for p in (tmp_path / "key").iterdir()) == ["checksums.json", "half", "whole"]
     assert not (tmp_path / "key.unfinished").exists()
 
 
@@ -418,7 +419,7 @@ def test_the_key_covers_all_the_code_that_makes_the_data():
     loaded = {Path(name) for name in run([sys.executable, "-c", script]).stdout.split()}
     ours = {path.relative_to(ROOT) for path in loaded if path.is_relative_to(ROOT) and ".venv" not in path.parts}
     others = {path for path in ours if path.parent.name not in (*data_cache.ROOMS, "config")}
-    shared = ("__init__", "constants", "distributed", "errors")
+    shared = ("__init__", "constants", "distributed", "errors", "files")
     assert {str(path) for path in others} == {"data_utils.py", *(f"dft/{name}.py" for name in shared)}
 
 
@@ -438,10 +439,63 @@ def test_a_cached_entry_can_be_read_while_it_is_made_anew(tmp_path, prepare):
     assert [p.name for p in (tmp_path / "cache").iterdir() if p.suffix] == [f"{prepare([path]).directory.name}.lock"]
 
 
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def replace_by_other_json(path: Path) -> None:
+    path.write_text("[1, 2]")
+
+
+@pytest.mark.parametrize("damage", [cut, flip, Path.unlink, replace_by_other_json])
+@pytest.mark.parametrize("name", ["tokens.arrow", "rows.npz", "report.json", "rejected.jsonl", "checksums.json"])
+def test_a_damaged_entry_is_made_anew(tmp_path, prepare, caplog, name, damage):
+    path = write_jsonl(tmp_path / "a.jsonl", [*(chat(f"q{i}") for i in range(20)), {"messages": []}])
+    data = prepare([path], data_validation="lenient")
+    before, tokens = data.report, data.train.to_dict()
+    files = {p.name: p.read_bytes() for p in data.directory.iterdir()}
+    damage(data.directory / name)
+    again = prepare([path], data_validation="lenient")
+    which = "" if (name, damage) == ("checksums.json", flip) else name  # the name of another file may be hit
+    assert f"cache entry {data.directory} is damaged ({which}" in caplog.text
+    assert again.report == before
+    assert again.train.to_dict() == tokens
+    same = ("tokens.arrow", "report.json", "rejected.jsonl")
+    assert all((again.directory / name).read_bytes() == files[name] for name in same)
+    caplog.clear()
+    (again.directory / "of_datasets.arrow").touch()
+    prepare([path], data_validation="lenient")
+    assert caplog.text == ""
+
+
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, prepare):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="--data_cache_dir .*file can't be written to"):
         prepare([write_jsonl(tmp_path / "a.jsonl", [chat()])], data_cache_dir=tmp_path / "file")
+
+
+def test_a_file_that_loses_more_than_a_tenth_of_its_rows_is_warned_of(tmp_path, prepare, chat_format, caplog):
+    question = {"role": "user", "content": "Q"}
+    empty, silent = {"messages": [question]}, {"messages": [question, {"role": "assistant", "content": " "}]}
+    good = [chat(f"q{i}") for i in range(9)]
+    tenth = write_jsonl(tmp_path / "tenth.jsonl", [*good, empty])
+    more = write_jsonl(tmp_path / "more.jsonl", [*good, silent, empty, silent, *good])
+    twice = write_jsonl(tmp_path / "twice.jsonl", [chat("q0")] * 5)
+    data = prepare([tenth, more, twice], dedup=True)
+    assert report_warnings(data.report) == [
+        f"{more}: 3 of 21 rows (14%) are dropped: 2 no_assistant_text, 1 no_assistant_turn; see rejected.jsonl"
+    ]
+    (tmp_path / "out").mkdir()
+    caplog.clear()
+    show_data(data, DataConfig([str(tenth)]), chat_format.tokenizer, str(tmp_path / "out"))
+    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == report_warnings(data.report)
+    assert "3 of 21 rows (14%) are dropped" in (tmp_path / "out" / "data_report.html").read_text()
 
 
 # ---- what is shown ------------------------------------------------------------------------------

@@ -84,6 +84,22 @@ def test_records_and_results_hold_the_metrics(finished):
     assert "Loss: the head is fused with the loss" in finished.output
 
 
+def test_a_saved_model_is_evaluated_alone(finished, train, tmp_path):
+    """The engine that DeepSpeed makes for it has never been trained."""
+    train("--model_name_or_path", finished.out, "--do_train", "False", "--dft_alpha", 0.7, **ZERO3)
+    ours, theirs = (json.loads((out / "eval_results.json").read_text()) for out in (tmp_path / "out", finished.out))
+    for name in ("eval_ce_loss", "eval_loss", "eval_acc", "eval_avg_p_correct"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_a_saved_model_stops_where_turns_end(finished):
+    for directory in (finished.out, finished.out / "checkpoint-2"):
+        stops_at = json.loads((directory / "generation_config.json").read_text())["eos_token_id"]
+        assert 2 in (stops_at if isinstance(stops_at, list) else [stops_at])  # <|im_end|>
+        assert json.loads((directory / "config.json").read_text())["use_cache"] is True
+
+
 # ---- resuming -----------------------------------------------------------------------------------
 
 

@@ -1,0 +1,119 @@
+"""Whether the files of a checkpoint are whole, told without loading them."""
+
+import json
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from dft.errors import UserError
+
+# torch.save stores a checksum with every record. Reading takes a second or two per GiB, so in larger files only the
+# records up to SMALL_RECORD bytes are read; that a file is cut is seen without reading it.
+READ_WHOLE = 1 << 30
+SMALL_RECORD = 1 << 24
+# what zipfile raises where the bytes that it reads make no sense
+ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, NotImplementedError, ValueError)
+WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*", "adapter_model*.bin")
+SAVED_BY_TORCH = ("*.pt", "*.pth", "pytorch_model*.bin", "adapter_model*.bin", "global_step*/*.pt")
+
+
+def check_whole(checkpoint: Path) -> None:
+    """Checks that the files of a checkpoint are neither cut nor damaged, as far as can be told without loading them.
+
+    Raises:
+        UserError: it names all that are.
+    """
+    checks: list[tuple[str, Callable[[Path], str | None]]] = [
+        ("*.json", _damage_of_json),
+        ("*.safetensors", _damage_of_safetensors),
+        *((pattern, _damage_of_torch_file) for pattern in SAVED_BY_TORCH),
+    ]
+    found = [(path, check(path)) for pattern, check in checks for path in sorted(checkpoint.glob(pattern))]
+    damaged = [f"{path}: {damage}" for path, damage in found if damage is not None]
+    damaged += [f"{checkpoint / name}: missing" for name in _missing_shards(checkpoint)]
+    if damaged:
+        raise _not_whole(checkpoint, damaged)
+
+
+def check_complete(checkpoint: Path) -> None:
+    """Checks that a checkpoint holds all that a training goes on from.
+
+    Raises:
+        UserError: it holds the model alone, or a part is missing.
+    """
+    has_shards = any(checkpoint.glob("global_step*"))
+    if not has_shards and not any(checkpoint.glob("optimizer*")):
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint}: it holds the model alone (--save_only_model). Start a new run "
+            f"from it with --model_name_or_path {checkpoint}"
+        )
+    missing = []
+    if has_shards:
+        latest = checkpoint / "latest"  # DeepSpeed writes the name of the folder of its parts to it
+        if not latest.is_file() or not (checkpoint / latest.read_text(errors="replace").strip()).is_dir():
+            missing.append("latest")
+    else:
+        missing += [] if any(checkpoint.glob("scheduler.pt")) else ["scheduler.pt"]
+        missing += [] if any(path for name in WEIGHTS for path in checkpoint.glob(name)) else ["model.safetensors"]
+    if not any(checkpoint.glob("rng_state*.pth")):
+        missing.append("rng_state.pth")
+    if missing:
+        raise _not_whole(
+            checkpoint, [f"{checkpoint / name}: missing, or it names what is missing" for name in missing]
+        )
+
+
+def _not_whole(checkpoint: Path, problems: list[str]) -> UserError:
+    return UserError(
+        f"--resume_from_checkpoint {checkpoint}: not a whole checkpoint\n  "
+        + "\n  ".join(problems)
+        + "\nCopy it anew, or go on from an earlier checkpoint by its name"
+    )
+
+
+def _damage_of_json(path: Path) -> str | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return f"cut or damaged ({error})"
+    return None if isinstance(content, dict) else "cut or damaged (not a JSON object)"
+
+
+def _damage_of_safetensors(path: Path) -> str | None:
+    try:
+        with safe_open(path, "pt"):  # compares the sizes in its header with that of the file
+            return None
+    except (OSError, SafetensorError) as error:
+        return f"cut or damaged ({error})"
+
+
+def _damage_of_torch_file(path: Path) -> str | None:
+    """What is wrong with a file that torch.save wrote, which is a zip file; None if nothing is."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # reads the list of records at its end
+            records = archive.infolist()
+            if not any(record.filename.endswith("data.pkl") for record in records):
+                return "damaged (nothing in it that torch has saved)"
+            is_small = path.stat().st_size <= READ_WHOLE
+            for record in records:
+                if is_small or record.file_size <= SMALL_RECORD:
+                    with archive.open(record) as content:  # compares checksums when it reads to the end
+                        while content.read(1 << 20):
+                            pass
+    except ZIP_ERRORS as error:
+        return f"cut or damaged ({error})"
+    return None
+
+
+def _missing_shards(checkpoint: Path) -> list[str]:
+    """Files that the index of a model in shards names, and that aren't there."""
+    names: set[str] = set()
+    for path in checkpoint.glob("*.index.json"):
+        try:
+            names.update(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # the check of JSON files has named it
+    return sorted(name for name in names if not (checkpoint / name).is_file())
