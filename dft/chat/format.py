@@ -34,7 +34,7 @@ from dft.chat.tag_finder import TagFinder
 from dft.chat.template import TEMPLATE_ERRORS, ChatTemplate, Span
 from dft.chat.text_encoder import TextEncoder
 from dft.chat.tool_calls import with_arguments, with_short_ids
-from dft.chat.verification import tools_not_rendered, verify
+from dft.chat.verification import only_thinks, tools_not_rendered, verify
 from dft.config.data import DataConfig, EmptyTurns, TrainOn
 from dft.errors import UserError
 from dft.reading.messages import is_empty
@@ -221,9 +221,12 @@ class ChatFormat:
         """What the report counts of a row, see dft.chat.remarks."""
         turns = [message for message in messages if message["role"] == "assistant"]
         supervised = [i for i, weight in enumerate(weights) if weight > 0]
-        remarks = [EMPTY_TURN for i in supervised if is_empty(turns[i])]
+        lacks_thinking = rendering.lacks_thinking
+        remarks = [
+            EMPTY_TURN for i in supervised if is_empty(turns[i]) or (lacks_thinking[i] and only_thinks(turns[i]))
+        ]
         if not self.mask_thinking:
-            remarks += [TURN_WITHOUT_THINKING for i in supervised if rendering.lacks_thinking[i]]
+            remarks += [TURN_WITHOUT_THINKING for i in supervised if lacks_thinking[i]]
         if tools and tools_not_rendered(rendering.text, tools):
             remarks.append(TOOLS_NOT_SHOWN)
         if rendering.is_system_moved:

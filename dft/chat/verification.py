@@ -60,6 +60,13 @@ def split_thinking(content: str) -> tuple[str, str] | None:
     return (match[1].strip(), match[2].strip()) if match else None
 
 
+def only_thinks(turn: dict) -> bool:
+    """Whether a turn has no answer and no tool call beside its thinking."""
+    content = turn["content"].strip()
+    _, answer = split_thinking(content) or ("", content)
+    return not answer and not turn.get("tool_calls")
+
+
 def _verify_turn(turn: dict, shown: str) -> bool:
     """Checks that a span has the content of its turn and all its tool calls; returns whether it lacks its thinking."""
     content = (turn.get("content") or "").strip()

@@ -74,6 +74,14 @@ def test_turns_without_their_thinking_are_counted(tokenizer, template, kept, tur
     assert make_format(tokenizer, template).encode(chat).remarks == (TURN_WITHOUT_THINKING,) * (3 - kept)
 
 
+@pytest.mark.parametrize("turn", [assistant(BLOCK), assistant("", reasoning_content=THOUGHT)])
+def test_a_turn_of_which_only_the_end_is_left_is_counted_as_empty_too(tokenizer, turn):
+    chat = [user("2 x 3?"), turn, user("2 x 3?"), assistant("6")]
+    chat_format = make_format(tokenizer, THINKING_TEMPLATE)
+    assert supervised(chat_format, chat)[0] == END
+    assert chat_format.encode(chat).remarks == (EMPTY_TURN, TURN_WITHOUT_THINKING)
+
+
 def test_thinking_is_not_counted_where_it_is_not_supervised(tokenizer):
     tokenizer.chat_template = R1_TEMPLATE
     chat = [user("2 x 3?"), assistant(BLOCK + "6")] * 3
