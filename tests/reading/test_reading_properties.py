@@ -59,7 +59,7 @@ tool_calls = st.lists(
 
 def begins_with_nothing(chat: list[dict]) -> bool:
     """Whether the first message is an empty system message, which is left out."""
-    return len(chat) > 1 and chat[0]["role"] == "system" and not chat[0]["content"].strip()
+    return len(chat) > 1 and chat[0]["role"] in ("system", "developer") and not chat[0]["content"].strip()
 
 
 messages = st.fixed_dictionaries(
