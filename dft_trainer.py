@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from dft.batching.collators import document_lengths, token_channels
 from dft.batching.leak_check import LeakCheck
@@ -30,6 +30,9 @@ from dft.model.tokenizer import special_token_ids
 from dist_logger import get_logger
 
 logger = get_logger(__name__)
+
+# Trainer of transformers 5.17 divides by the accumulation count whatever `loss_is_scaled_for_ga` says
+TRAINER_DIVIDES_LOSS = not hasattr(Trainer, "loss_is_scaled_for_ga")
 
 
 class DFTTrainer(CheckpointTrainer):
@@ -216,6 +219,8 @@ class DFTTrainer(CheckpointTrainer):
         if is_training:
             loss = loss * self.accelerator.num_processes + self._router_loss(outputs, loss.device)
             self._finite_check.note(loss, inputs, self.state.global_step + 1)
+            if TRAINER_DIVIDES_LOSS:
+                loss = loss * self._num_batches
         return (loss, outputs) if return_outputs else loss
 
     def _refuse_unwrapped(self, model) -> None:

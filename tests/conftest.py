@@ -27,7 +27,7 @@ for name in [name for name in os.environ if re.fullmatch(OUTSIDE, name)]:
 
 # Before torch and deepspeed are imported: tests run on CPU, on any machine, unless those of tests/cuda are asked for.
 if os.environ.get("DFT_TEST_DEVICE") == "cuda":
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # one GPU
 else:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["DS_ACCELERATOR"] = "cpu"

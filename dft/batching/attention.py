@@ -3,39 +3,31 @@
 import logging
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
-from transformers.utils import is_flash_attn_2_available
+from transformers import PretrainedConfig
 
-from dft.batching.varlen_attention import KERNEL_HEAD_DIM, VARLEN, kernel_takes, register
+from dft.batching.flash_attention import FLASH_ATTENTIONS, model_class_of, newest_flash_attention
+from dft.batching.varlen_attention import VARLEN, register, why_no_kernel, why_outdated
 from dft.errors import UserError
 from dft.model.shapes import head_sizes
 
 logger = logging.getLogger(__name__)
 
-FLASH = "flash_attention_2"
 # Model types that build sliding-window masks without passing the window to their attention function, which is all that
 # varlen sees.
 MODELS_WITH_OWN_MASKS = ("doge", "phimoe", "qwen2_moe")
-
-
-def model_class_of(config: PretrainedConfig) -> type[PreTrainedModel] | None:
-    """The transformers class that a configuration is loaded as; None if the model brings its own code."""
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
-        return None
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
 def choose_attention(requested: str, config: PretrainedConfig, is_16_bit: bool, strict: bool = False) -> str:
     """Chooses the attention implementation to load a model with.
 
     Args:
-        requested: "auto", or a name that transformers knows. "auto" is flash_attention_2 where it can run, else varlen
-            where the model supports it and its fast kernel runs, else sdpa.
+        requested: "auto", or a name that transformers knows. "auto" is the newest FlashAttention that is installed and
+            can run, else varlen where the model supports it and its fast kernel runs, else sdpa.
         is_16_bit: whether attention is computed in 16 bits.
-        strict: raise an error where flash_attention_2 was requested and can't run, instead of replacing it.
+        strict: raise an error where a FlashAttention was requested that can't run, instead of replacing it.
 
     Raises:
-        UserError: varlen was requested for a model that can't use it, or `strict` forbids replacing flash_attention_2.
+        UserError: varlen was requested for a model that can't use it, or `strict` forbids replacing a FlashAttention.
     """
     register()
     unsupported, slow = why_not_varlen(config), why_varlen_is_slow(config, is_16_bit)
@@ -44,28 +36,23 @@ def choose_attention(requested: str, config: PretrainedConfig, is_16_bit: bool, 
             raise UserError(f"--attn_implementation varlen: {unsupported}; leave it at auto")
         if slow is not None:
             logger.warning("--attn_implementation varlen goes from document to document: %s", slow)
-    if requested not in ("auto", FLASH):
+    if requested != "auto" and requested not in FLASH_ATTENTIONS:
         return requested
-    if is_16_bit and can_use_flash(config):
-        return FLASH
-    chosen = VARLEN if unsupported is None and slow is None else "sdpa"
-    if requested == FLASH:
-        needs = "an NVIDIA GPU (Ampere or newer), the flash-attn package, 16-bit training and a model that knows it"
+    if requested != "auto" and FLASH_ATTENTIONS[requested].can_run(config, is_16_bit):
+        return requested
+    own = VARLEN if unsupported is None and slow is None else "sdpa"
+    chosen = newest_flash_attention(config, is_16_bit) or own
+    if requested != "auto":
+        needs = FLASH_ATTENTIONS[requested].needs
         if strict:
-            raise UserError(f"{FLASH} needs {needs}; drop --attn_strict to use {chosen}")
-        logger.warning("%s needs %s: using %s", FLASH, needs, chosen)
+            raise UserError(f"{requested} needs {needs}; drop --attn_strict to use {chosen}")
+        logger.warning("%s needs %s: using %s", requested, needs, chosen)
     if chosen == "sdpa":
-        logger.info("Attention: sdpa, because %s", unsupported or slow)
+        reason = unsupported or slow
+        # an update of PyTorch is a remedy, of which a user should hear
+        level = logging.WARNING if reason == why_outdated() else logging.INFO
+        logger.log(level, "Attention: sdpa, because %s", reason)
     return chosen
-
-
-def can_use_flash(config: PretrainedConfig) -> bool:
-    """Whether flash_attention_2 is installed and supports this machine's GPU and this model."""
-    return (
-        is_flash_attn_2_available()
-        and torch.cuda.get_device_capability() >= (8, 0)
-        and getattr(model_class_of(config), "_supports_flash_attn", True)
-    )
 
 
 def why_varlen_is_slow(config: PretrainedConfig, is_16_bit: bool) -> str | None:
@@ -79,12 +66,7 @@ def why_varlen_is_slow(config: PretrainedConfig, is_16_bit: bool) -> str | None:
     except (AttributeError, RuntimeError) as error:  # RuntimeError is raised where head_dim differs by layer
         return f"the size of its heads is not known ({error})"
     dtype = torch.bfloat16 if is_16_bit else torch.float32
-    if kernel_takes(dtype, torch.device("cuda", torch.cuda.current_device()), head_dim, dropout):
-        return None
-    return (
-        "PyTorch's FlashAttention needs torch 2.13, an NVIDIA GPU (Ampere or newer), 16-bit training, heads of up to "
-        f"{KERNEL_HEAD_DIM} dimensions and no dropout in attention"
-    )
+    return why_no_kernel(dtype, torch.device("cuda", torch.cuda.current_device()), head_dim, dropout)
 
 
 def why_documents_leak(config: PretrainedConfig) -> str | None:

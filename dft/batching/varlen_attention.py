@@ -31,26 +31,50 @@ def register() -> None:
 
 
 @lru_cache
-def has_kernel() -> bool:
-    """Whether this PyTorch has kernels that support grouped heads and sliding windows, as version 2.13 does."""
+def _kernel_options() -> frozenset[str]:
+    """The arguments that this PyTorch's kernels take; empty without kernels."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
-        return False
-    return {"scale", "window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
+        return frozenset()
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+@torch.compiler.assume_constant_result
+def has_kernel() -> bool:
+    """Whether this PyTorch has kernels that take a scale and sliding windows, as from version 2.11 on."""
+    return {"scale", "window_size"} <= _kernel_options()
+
+
+@torch.compiler.assume_constant_result
+def kernel_groups_heads() -> bool:
+    """Whether this PyTorch's kernels take fewer heads of keys than of queries, as from version 2.13 on."""
+    return "enable_gqa" in _kernel_options()
 
 
 def kernel_takes(dtype: torch.dtype, device: torch.device, head_dim: int, dropout: float = 0.0) -> bool:
     """Whether the kernels inside PyTorch support this: a GPU of at least Ampere, 16 bits, head_dim up to 256."""
-    return (
-        device.type == "cuda"
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-        and dtype in (torch.bfloat16, torch.float16)
-        and head_dim <= KERNEL_HEAD_DIM
-        and dropout == 0.0
-        and has_kernel()
-    )
+    return why_no_kernel(dtype, device, head_dim, dropout) is None
+
+
+def why_no_kernel(dtype: torch.dtype, device: torch.device, head_dim: int, dropout: float = 0.0) -> str | None:
+    """What the kernels inside PyTorch don't support of this, in words; None if they compute it."""
+    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
+        return "PyTorch's FlashAttention needs an NVIDIA GPU (Ampere or newer)"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return "PyTorch's FlashAttention needs 16-bit training"
+    if head_dim > KERNEL_HEAD_DIM:
+        return f"PyTorch's FlashAttention needs heads of up to {KERNEL_HEAD_DIM} dimensions, not {head_dim}"
+    if dropout != 0.0:
+        return "PyTorch's FlashAttention knows no dropout in attention"
+    return why_outdated()
+
+
+def why_outdated() -> str | None:
+    """What this PyTorch's kernels lack, in words; None if they lack nothing."""
+    if has_kernel():
+        return None
+    return f"PyTorch {torch.__version__} has no FlashAttention for documents with sliding windows; 2.11 has"
 
 
 def varlen_mask(
@@ -148,6 +172,12 @@ def _by_kernel(
     # the kernels want one size for all three, a multiple of 8; zeros change neither the scores nor the sums
     size = max(dim, value_dim) + -max(dim, value_dim) % 8
     query, key, value = (x if x.shape[-1] == size else pad(x, (0, size - x.shape[-1])) for x in (query, key, value))
+    options: dict[str, Any] = {}
+    if query.shape[1] != key.shape[1]:
+        if kernel_groups_heads():
+            options["enable_gqa"] = True
+        else:
+            key, value = _for_each_head(key, value, query.shape[1])
     out = varlen_attn(
         query,
         key,
@@ -158,9 +188,15 @@ def _by_kernel(
         longest,
         scale=dim**-0.5 if scale is None else scale,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **options,
     )
     return out[..., :value_dim].contiguous()
+
+
+def _for_each_head(key: Tensor, value: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    """Repeats grouped heads of tensors [S, key heads, E], so that each head of the queries has its own."""
+    repeats = num_heads // key.shape[1]
+    return key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
 
 
 @torch.compiler.disable
@@ -179,8 +215,7 @@ def _by_document(
     """
     lengths = boundaries.diff().tolist()
     if query.shape[1] != key.shape[1] and not use_gqa_in_sdpa(None, key, value):
-        repeats = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+        key, value = _for_each_head(key, value, query.shape[1])
     parts = []
     # split() and not slices, because the gradient of each slice would be a tensor as large as the whole
     for q, k, v in zip(*(x.transpose(0, 1)[None].split(lengths, dim=2) for x in (query, key, value)), strict=True):

@@ -18,12 +18,14 @@ class ModelConfig:
         "Type the weights are loaded in; auto keeps that of the files.", "bfloat16", ("--dtype",)
     )
     attn_implementation: str = option(
-        "auto, flash_attention_2, varlen, sdpa, eager, or another name that transformers knows. auto is "
-        "flash_attention_2 where it can run, else varlen (the same kernels, from PyTorch) where the model can use it, "
-        "else sdpa.",
+        "auto, flash_attention_4, flash_attention_3, flash_attention_2, varlen, sdpa, eager, or another name that "
+        "transformers knows. auto is the newest FlashAttention that is installed and can run, else varlen (the "
+        "kernels inside PyTorch) where the model can use it, else sdpa.",
         "auto",
     )
-    attn_strict: bool = option("Stop, instead of falling back, where flash_attention_2 can't run.", False)
+    attn_strict: bool = option(
+        "Stop, instead of falling back, where the FlashAttention that is asked for can't run.", False
+    )
     resize_embeddings: bool = option(
         "Add rows to the model's embedding for tokens of the tokenizer that have none; they begin as the mean of the "
         "others.",

@@ -38,7 +38,7 @@ class DFTTrainingArguments(TrainingArguments):
     batching: Literal["padded", "padding_free", "packed"] | None = option(
         "padded: rows filled up to the longest of a micro-batch. padding_free: rows one after the other, none seeing "
         "another. packed: as that, with rows chosen that fill --max_length tokens; a packed row then counts as one. "
-        "By default padding_free where attention is flash_attention_2 or varlen, else padded."
+        "By default padding_free where attention is varlen or any FlashAttention, else padded."
     )
     max_tokens_per_batch: int | None = option(
         "Tokens of a micro-batch, instead of --per_device_train_batch_size: as many rows as fit are put together."

@@ -9,10 +9,9 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from dft.batching import varlen_attention as varlen
-from dft.batching.attention import choose_attention, model_class_of, why_documents_leak
+from dft.batching.attention import choose_attention
 from dft.batching.collators import FlatteningCollator, boundary_arguments
 from dft.batching.leak_check import LeakingDocuments, check_isolation, needs_check
-from dft.errors import UserError
 from tests.helpers import relative_error
 
 varlen.register()
@@ -33,7 +32,7 @@ def reference(q, k, v, scale, window):
     return out
 
 
-def kernel_of_torch(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+def kernel_of_torch(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
     """What torch.nn.attention.varlen.varlen_attn is documented to do; stands in for it where there is no GPU."""
     assert cu_q.dtype == torch.int32
     assert cu_q.tolist() == cu_k.tolist()
@@ -49,11 +48,32 @@ def kernel_of_torch(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, windo
     return torch.cat(outs, dim=1).transpose(0, 1)
 
 
-@pytest.mark.parametrize("path", ["document by document", "kernel"])
+def kernel_of_torch_2_11(query, key, value, cu_q, cu_k, max_q, max_k, *, return_aux=None, scale, window_size):
+    """That of an older PyTorch, which has no grouped heads and doesn't take the argument."""
+    return kernel_of_torch(query, key, value, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window_size)
+
+
+KERNELS = {"kernel": kernel_of_torch, "kernel of torch 2.11": kernel_of_torch_2_11}
+
+
+@pytest.fixture
+def use_kernel(monkeypatch):
+    """Puts a function in the place of PyTorch's kernels, whose arguments are looked at anew."""
+
+    def use(kernel) -> None:
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+        varlen._kernel_options.cache_clear()
+
+    yield use
+    monkeypatch.undo()
+    varlen._kernel_options.cache_clear()
+
+
+@pytest.mark.parametrize("path", ["document by document", *KERNELS])
 @pytest.mark.parametrize("window", [None, 1, 4, 64])
 @pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (6, 2)])
 @pytest.mark.parametrize(("dim", "value_dim"), [(16, 16), (20, 20), (24, 16)])
-def test_attention_sees_each_document_alone(monkeypatch, path, window, heads, key_heads, dim, value_dim):
+def test_attention_sees_each_document_alone(monkeypatch, use_kernel, path, window, heads, key_heads, dim, value_dim):
     generator = torch.Generator().manual_seed(0)
 
     def random(num_heads, size):
@@ -61,9 +81,9 @@ def test_attention_sees_each_document_alone(monkeypatch, path, window, heads, ke
         return values.requires_grad_()
 
     q, k, v = random(heads, dim), random(key_heads, dim), random(key_heads, value_dim)
-    if path == "kernel":
+    if path in KERNELS:
         monkeypatch.setattr(varlen, "kernel_takes", lambda *_: True)
-        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel_of_torch)
+        use_kernel(KERNELS[path])
     borders = boundary_arguments(LENGTHS)
     module = SimpleNamespace(num_key_value_groups=heads // key_heads, is_causal=True)
     for scale in (None, 0.3):
@@ -113,11 +133,11 @@ def test_arguments_that_would_be_ignored_are_refused():
             varlen.varlen_attention(SimpleNamespace(), q, q, q, None, **{name: 30.0})
 
 
-def test_the_kernel_gets_16_bits_where_the_model_computes_in_16(monkeypatch):
+def test_the_kernel_gets_16_bits_where_the_model_computes_in_16(monkeypatch, use_kernel):
     """Under autocast the norms of Qwen3 give 32-bit queries and keys beside 16-bit values."""
     seen = []
     monkeypatch.setattr(varlen, "kernel_takes", lambda dtype, *_: seen.append(dtype) or dtype == torch.bfloat16)
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel_of_torch)
+    use_kernel(kernel_of_torch)
     model = make("Qwen3Config", "varlen")
     batch = without_labels(FlatteningCollator()(documents_of(LENGTHS)))
     with torch.autocast("cpu", torch.bfloat16):
@@ -127,26 +147,12 @@ def test_the_kernel_gets_16_bits_where_the_model_computes_in_16(monkeypatch):
     assert seen[2:] == [torch.float32] * 2
 
 
-def test_kernels_run_in_16_bits_on_recent_gpus(monkeypatch):
-    cuda = torch.device("cuda", 0)
-    monkeypatch.setattr(torch.version, "hip", None)
-    for capability, is_new in (((8, 0), True), ((9, 0), True), ((7, 5), False)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
-        assert varlen.kernel_takes(torch.bfloat16, cuda, 128) == is_new
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    assert varlen.kernel_takes(torch.float16, cuda, 256)
-    assert not varlen.kernel_takes(torch.float32, cuda, 128)
-    assert not varlen.kernel_takes(torch.bfloat16, cuda, 264)
-    assert not varlen.kernel_takes(torch.bfloat16, cuda, 128, dropout=0.1)
-    assert not varlen.kernel_takes(torch.bfloat16, torch.device("cpu"), 128)
-    monkeypatch.setattr(varlen, "has_kernel", lambda: False)
-    assert not varlen.kernel_takes(torch.bfloat16, cuda, 128)
-
-
-def test_an_older_torch_has_no_kernel(monkeypatch):
-    assert varlen.has_kernel()
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda query, key, value, is_causal: query)
-    assert not varlen.has_kernel.__wrapped__()
+def test_an_older_torch_repeats_grouped_heads(use_kernel):
+    """Which kernel there is, its arguments tell; the two give the same, see above."""
+    for kernel, groups in ((kernel_of_torch, True), (kernel_of_torch_2_11, False)):
+        use_kernel(kernel)
+        assert varlen.has_kernel()
+        assert varlen.kernel_groups_heads() == groups
 
 
 # ---- models -------------------------------------------------------------------------------------
@@ -262,71 +268,7 @@ def test_checkpointing_of_activations_keeps_the_gradient(name):
     assert relative_error(gradient(LENGTHS[::-1], True), expected) > 1e-3
 
 
-# ---- what is chosen, and what is refused --------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "settings", "reason"),
-    [
-        ("Gemma2Config", {}, "attn_logit_softcapping"),
-        ("GptOssConfig", {}, "in a way of its own"),
-        ("Llama4TextConfig", {}, "chunked_attention"),
-        ("Qwen3NextConfig", {}, "linear_attention"),
-        ("FalconMambaConfig", {}, "linear_attention"),
-        ("PhimoeConfig", {}, "in its masks"),
-        ("Qwen2MoeConfig", {"use_sliding_window": True, "max_window_layers": 2}, "in its masks"),
-        ("RobertaConfig", {"is_decoder": True}, "encoder"),
-    ],
-)
-def test_models_that_need_another_attention_get_sdpa(name, settings, reason):
-    config = getattr(transformers, name)(**settings)
-    assert choose_attention("auto", config, is_16_bit=True) == "sdpa"
-    with pytest.raises(UserError, match=reason):
-        choose_attention("varlen", config, is_16_bit=True)
-    assert choose_attention("eager", config, is_16_bit=True) == "eager"
-
-
-def test_flash_attention_is_chosen_where_it_can_run(monkeypatch):
-    config = transformers.Qwen3Config()
-    monkeypatch.setattr("dft.batching.attention.is_flash_attn_2_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    assert choose_attention("auto", config, is_16_bit=True) == "flash_attention_2"
-    assert choose_attention("auto", config, is_16_bit=False) == "varlen"
-    assert choose_attention("flash_attention_2", config, is_16_bit=False) == "varlen"
-    with pytest.raises(UserError, match="--attn_strict to use varlen"):
-        choose_attention("flash_attention_2", config, is_16_bit=False, strict=True)
-
-
-@pytest.mark.parametrize(
-    ("capability", "is_16_bit", "settings", "expected"),
-    [
-        ((9, 0), True, {}, "varlen"),
-        ((9, 0), False, {}, "sdpa"),
-        ((7, 5), True, {}, "sdpa"),
-        ((9, 0), True, {"head_dim": 512}, "sdpa"),
-        ((9, 0), True, {"attention_dropout": 0.1}, "sdpa"),
-    ],
-)
-def test_on_a_gpu_varlen_is_chosen_where_its_kernels_run(monkeypatch, capability, is_16_bit, settings, expected):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-    config = transformers.Qwen3Config(**settings)
-    assert choose_attention("auto", config, is_16_bit=is_16_bit) == expected
-    assert choose_attention("varlen", config, is_16_bit=is_16_bit) == "varlen"
-    assert choose_attention("auto", transformers.Gemma4TextConfig(), is_16_bit=True) == "sdpa"
-
-
-def test_code_that_comes_with_the_model_is_not_trusted_to_pass_borders_on():
-    config = transformers.Qwen3Config()
-    config.auto_map = {"AutoModelForCausalLM": "modeling.Own"}
-    assert model_class_of(config) is None
-    assert choose_attention("auto", config, is_16_bit=True) == "sdpa"
-
-
-def test_recurrent_layers_leak():
-    assert "recurrent" in why_documents_leak(transformers.FalconMambaConfig())
-    assert why_documents_leak(transformers.Qwen3Config()) is None
+# ---- the check of a run ---------------------------------------------------------------------------
 
 
 def test_the_check_finds_leaks():
