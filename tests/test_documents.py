@@ -19,6 +19,7 @@ from tests.helpers import ROOT, read_log, run
 READMES = ["README.md", "README.zh.md"]
 OTHERS = [
     "CONTRIBUTING.md",
+    "benchmarks/gpu/README.md",
     "docs/batches.md",
     "docs/checkpoints.md",
     "docs/dashboards.md",
@@ -38,6 +39,7 @@ MADE_BY_A_RUN = {  # named in the documents, made when the program runs
 }  # fmt: skip
 FLAGS_OF_OTHERS = {
     *("--help", "--size"),  # of all programs, of a benchmark
+    *("--minutes", "--parts", "--tiny", "--limit"),  # of benchmarks/gpu
     *("--logdir", "--port"),  # of TensorBoard
     *("--names", "--output"),  # of plot_runs.py and export.py, evaluate.py
     *("--model", "--model_args", "--tasks", "--include_path", "--apply_chat_template"),  # of lm-evaluation-harness

@@ -23,7 +23,7 @@ def test_evaluation_is_token_weighted(make_trainer, batch_size):
     for name in ("loss", "ce_loss", "avg_p_correct", "acc"):
         assert metrics[f"eval_{name}"] == pytest.approx(expected[name], rel=1e-5), name
     assert metrics["eval_perplexity"] == pytest.approx(math.exp(metrics["eval_ce_loss"]))
-    # both are rounded, the speed to 1e-3 and the runtime to 1e-4 seconds: on a slow machine the one, on a fast the other
+    # both are rounded, the speed to 1e-3 and the runtime to 1e-4 seconds
     speed = metrics["eval_samples_per_second"]
     assert speed == pytest.approx(11 / metrics["eval_runtime"], rel=1e-2, abs=1e-3)
 

@@ -106,7 +106,7 @@ def supervised_rows(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Ten
 
     Returns:
         those rows, [N, X]; the tokens that they predict, [N]; and the rows' flat indices in the batch, [N]. Finding
-        these is the only synchronization of host and device in a micro-batch.
+        these makes the host wait for the device, because N depends on the labels.
     """
     targets = shift_labels(labels).flatten()
     places = (targets != IGNORE_INDEX).nonzero().squeeze(1)

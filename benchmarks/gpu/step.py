@@ -1,0 +1,57 @@
+"""A training step of real shapes with random weights: this project beside TRL, on the same rows and attention."""
+
+from typing import Any
+
+from benchmarks.gpu.part import Part, numbers, reason_of, results_of, run
+
+WORKER = "benchmarks.gpu.step_way"
+WAYS = {
+    "ours_packed": "ours, packed",
+    "trl_packed": "TRL, packed (bfd)",
+    "ours_padding_free": "ours, padding-free",
+    "trl_padding_free": "TRL, padding-free",
+    "ours_packed-compiled": "ours, packed, torch.compile",
+}
+SIZES = ("0.6b", "1.7b")
+ITEM_SECONDS = 100.0  # importing and compiling included
+
+
+def items(sizes: tuple[str, ...]) -> list[str]:
+    """All measurements, the most telling ones first; compiling takes long."""
+    found = [f"{size}/{way}" for size in sizes for way in WAYS]
+    return sorted(found, key=lambda item: item.endswith("-compiled"))
+
+
+def compared(found: dict[str, Any], size: str) -> dict[str, Any]:
+    """What one size says: the best of ours, without torch.compile, beside TRL's best; and what torch.compile gains."""
+    speed = {way: numbers(found.get(f"{size}/{way}")).get("tokens_per_second") for way in WAYS}
+    ours = [way for way in ("ours_packed", "ours_padding_free") if speed[way]]
+    theirs = [way for way in ("trl_packed", "trl_padding_free") if speed[way]]
+    if not ours:
+        return {}
+    best = max(ours, key=lambda way: speed[way])
+    result = {"best": best, "tokens_per_second": speed[best], "mfu": found[f"{size}/{best}"]["mfu"]}
+    if theirs:
+        result["vs_trl"] = speed[best] / max(speed[way] for way in theirs)
+    else:
+        result["vs_trl"] = reason_of(found.get(f"{size}/trl_packed"))
+    if speed["ours_packed"] and speed["ours_packed-compiled"]:
+        result["compiled_vs_not"] = speed["ours_packed-compiled"] / speed["ours_packed"]
+    return result
+
+
+def measure(part: Part) -> None:
+    sizes = ("tiny",) if part.tiny else SIZES
+    item_seconds = part.seconds if part.tiny else ITEM_SECONDS
+    for item, result in results_of(part, WORKER, items(sizes), item_seconds):
+        part.add(item, result)
+        part.result["sizes"] = {size: compared(part.measurements, size) for size in sizes}
+        told = part.result["sizes"][sizes[0]]
+        part.headline(**{name: told[name] for name in ("tokens_per_second", "mfu", "vs_trl") if name in told})
+    for item, result in part.measurements.items():
+        if "/ours" in item and reason_of(result).startswith("failed"):
+            raise RuntimeError(f"{item}: {result}")
+
+
+if __name__ == "__main__":
+    run("step", measure)
