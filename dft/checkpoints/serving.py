@@ -35,7 +35,7 @@ def add_end_of_turn(model: Any, tokenizer: Any) -> None:
         logger.info("The saved model gets no end-of-turn token: %s", error)
         return
     own = generation_config.eos_token_id
-    stops_at = [] if own is None else own if isinstance(own, list) else [own]
+    stops_at = [] if own is None else list(dict.fromkeys(own)) if isinstance(own, list) else [own]
     if end is None:
         logger.warning(
             "The chat template ends an assistant turn with no special token, so the trained model stops only at %s. "
