@@ -2,24 +2,28 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler
 from transformers import Trainer, TrainingArguments
 
-from dft.batching.collators import document_lengths, token_channels
+from dft.batching.collators import PER_TOKEN, document_lengths, token_channels
 from dft.batching.leak_check import LeakCheck
 from dft.batching.packing import DOCUMENTS
 from dft.batching.sampler import EpochOrder, FilledRows, SetEpochCallback, token_lengths
 from dft.checkpoints.trainer import CheckpointTrainer
-from dft.config.loss import CHUNK_MB, LossConfig
+from dft.config.loss import CHUNK_MB, LossConfig, Normalization
 from dft.config.metrics import MetricsConfig
 from dft.config.options import override
 from dft.loss.finite_check import FiniteCheck
-from dft.loss.from_logits import TokenStatistics, count_terms, loss_weight_of_tokens
+from dft.loss.from_logits import TokenData, count_terms, loss_weight_of_tokens, values_of_tokens
+from dft.loss.objectives import Talr, make_objective
 from dft.loss.scorer import Scorer
+from dft.loss.statistics import Needs, TokenStatistics
+from dft.loss.temperature import Temperature
 from dft.loss.token_weight import TokenWeight
 from dft.metrics.throughput import model_flops
 from dft.metrics.throughput import peak_tflops as known_peak_tflops
@@ -27,6 +31,8 @@ from dft.metrics.token_sums import TokenSums, averages, channel_averages, health
 from dft.metrics.training import LogLastStepCallback, TrainingMetrics
 from dft.model.compiled import compile_layers
 from dft.model.tokenizer import special_token_ids
+from dft.reference.rows import COLUMN
+from dft.reference.trainer import ReferenceTrainer
 from dist_logger import get_logger
 
 logger = get_logger(__name__)
@@ -35,8 +41,8 @@ logger = get_logger(__name__)
 TRAINER_DIVIDES_LOSS = not hasattr(Trainer, "loss_is_scaled_for_ga")
 
 
-class DFTTrainer(CheckpointTrainer):
-    """Trainer whose loss weights each supervised token by max(floor, alpha * p_correct**gamma + 1 - alpha), detached.
+class DFTTrainer(ReferenceTrainer, CheckpointTrainer):
+    """Trainer whose loss weights each supervised token by alpha * p_correct + 1 - alpha, or by another objective.
 
     The loss of a step is sum(w * nll) / N with N counted over the whole global batch, so it doesn't
     depend on how the batch is cut into ranks and micro-batches. It works on any dataset with
@@ -49,6 +55,9 @@ class DFTTrainer(CheckpointTrainer):
     Args:
         loss, metrics: all settings of the loss and of the metrics, see LossConfig and MetricsConfig, whose fields are
             keyword arguments too (dft_alpha, dft_gamma, fused_loss, log_entropy, ...) and then take precedence.
+        token_weight: a function of dft.loss.statistics.TokenStatistics that gives the weights of N tokens, [N], in
+            place of the objective; what it needs besides p it says in an attribute `needs`. Alpha, floor and plain
+            tokens are applied to it too.
         plain_tokens: ids of tokens whose loss is plain cross-entropy, besides those of dft_special_tokens="ce".
         source_of_row: where a training row comes from, for the error of a loss that is NaN or infinite.
         channels: names of the sources that a column `channel` (int, from 0) of the rows numbers; each has metrics.
@@ -65,6 +74,7 @@ class DFTTrainer(CheckpointTrainer):
         mean_weight          sum(w) / N
         p_below_0.01, p_above_0.99   shares of supervised tokens
         entropy              mean over supervised tokens, in nats; if it is asked for
+        ratio_clipped        share of the ratios to the starting weights; with the objectives that clip them
         channel/NAME/ce_loss, channel/NAME/p_correct, channel/NAME/acc   of one source
         tokens_per_second, supervised_tokens_per_second, memory_gib
         padding_share        of the positions that the model computed
@@ -89,6 +99,7 @@ class DFTTrainer(CheckpointTrainer):
         *,
         loss: LossConfig | None = None,
         metrics: MetricsConfig | None = None,
+        token_weight: Callable[[TokenStatistics], torch.Tensor] | None = None,
         plain_tokens: Sequence[int] = (),
         source_of_row: Callable[[int], str] | None = None,
         channels: Sequence[str] = (),
@@ -109,9 +120,15 @@ class DFTTrainer(CheckpointTrainer):
             if self.processing_class is None:
                 raise ValueError("dft_special_tokens ce needs the tokenizer: give it as processing_class")
             plain_tokens = (*plain_tokens, *special_token_ids(self.processing_class))
-        self.token_weight = TokenWeight(loss.alpha, loss.dft_gamma, loss.dft_floor, tuple(plain_tokens))
+        objective = make_objective(loss) if token_weight is None else token_weight
+        self.objective_name = loss.objective if token_weight is None else "custom"
+        self.token_weight = TokenWeight(loss.alpha, loss.dft_floor, tuple(plain_tokens), objective)
         chunk_mb = loss.loss_chunk_mb or CHUNK_MB.get(self.args.device.type, CHUNK_MB["cpu"])
-        self.scorer = Scorer(self.model, loss.fused_loss, chunk_mb, metrics.log_entropy)
+        needs = self.token_weight.needs | Needs(entropy=metrics.log_entropy)
+        self.scorer = Scorer(self.model, loss.fused_loss, chunk_mb, needs)
+        if needs.reference:
+            self.add_reference_column(loss.reference_cache_dir)
+        self._temperature = Temperature(objective.tau) if isinstance(objective, Talr) else None
         self._finite_check = FiniteCheck(self.train_dataset, source_of_row)
         self._leak_check = LeakCheck(self.model.config.get_text_config().vocab_size)
         self._row_lengths = row_lengths
@@ -152,6 +169,8 @@ class DFTTrainer(CheckpointTrainer):
             self.args.device,
             channels=self.channels,
             with_entropy=self.metrics_config.log_entropy,
+            with_ratio=hasattr(self.token_weight.objective, "is_clipped"),
+            objective=self.objective_name,
             min_steps=self.metrics_config.log_metrics_steps,
             flops=self._flops,
             peak_tflops=self._peak_tflops,
@@ -160,6 +179,8 @@ class DFTTrainer(CheckpointTrainer):
     def _inner_training_loop(self, *args, **kwargs):
         """Trainer's; metrics start anew, also where auto_find_batch_size tries again."""
         self._train_metrics = self._new_metrics()
+        if self._temperature is not None and kwargs.get("resume_from_checkpoint"):
+            self._temperature.load(Path(kwargs["resume_from_checkpoint"]))
         return super()._inner_training_loop(*args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
@@ -170,7 +191,7 @@ class DFTTrainer(CheckpointTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         """Trainer drops the columns that the model's forward doesn't take; the loss and the collators take more."""
         super()._set_signature_columns_if_needed()
-        more = {"loss_weights", DOCUMENTS, *(["channel"] if self.channels else [])}
+        more = {*PER_TOKEN, DOCUMENTS, *(["channel"] if self.channels else [])}
         self._signature_columns += more - set(self._signature_columns)
 
     # ---- the loss -------------------------------------------------------------------------------
@@ -178,6 +199,8 @@ class DFTTrainer(CheckpointTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one step, and the supervised tokens (or turns) of all ranks to divide by."""
         self._train_metrics.start(self.state.global_step)
+        if self._temperature is not None:
+            self._temperature.update(self.accelerator)
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = [count_terms(batch["labels"], self.loss_config.loss_normalization) for batch in batches]
         count = torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.int64)
@@ -190,6 +213,22 @@ class DFTTrainer(CheckpointTrainer):
         warmup_steps = self.loss_config.dft_alpha_warmup_ratio * self.state.max_steps
         return self.token_weight.alpha * (1.0 if step >= warmup_steps else step / warmup_steps)
 
+    def _weight_now(self, is_training: bool) -> TokenWeight:
+        """The weight in force: alpha may rise in a training, and the temperature of talr follows the rows."""
+        objective = self.token_weight.objective
+        if self._temperature is not None:
+            objective = replace(objective, tau=self._temperature.tau)
+        alpha = self.alpha_at(self.state.global_step) if is_training else self.token_weight.alpha
+        return replace(self.token_weight, alpha=alpha, objective=objective)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """CheckpointTrainer's, with the temperature of talr."""
+        if self._temperature is not None:
+            self._temperature.update(self.accelerator)
+            if self.args.should_save:
+                self._temperature.save(self._checkpoint_directory(trial))
+        super()._save_checkpoint(model, trial)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """sum(c * w * nll) of this micro-batch over the supervised tokens (or turns) of the global batch, a scalar.
 
@@ -197,27 +236,31 @@ class DFTTrainer(CheckpointTrainer):
         number of ranks, over which DDP and ZeRO average the gradients; the count is already that of all ranks.
         """
         self._refuse_unwrapped(model)
-        inputs, labels, loss_weights, channel = _taken_apart(inputs)
+        batch = _taken_apart(inputs)
+        inputs, labels = batch.inputs, batch.labels
         self._leak_check(model, inputs)
         is_training = self.model.training  # DeepSpeed's engine says so of itself in evaluations too
-        token_weight = self.token_weight
-        if is_training:
-            token_weight = replace(token_weight, alpha=self.alpha_at(self.state.global_step))
+        token_weight = self._weight_now(is_training)
         normalization = self.loss_config.loss_normalization
-        loss_weight = loss_weight_of_tokens(labels, loss_weights, normalization)  # [N]
+        data = batch.of_tokens(normalization)
         needs_logits = return_outputs and not self._needs_no_logits
-        loss_sum, tokens, outputs = self.scorer.score(model, inputs, labels, token_weight, loss_weight, needs_logits)
+        loss_sum, tokens, outputs = self.scorer.score(model, inputs, labels, token_weight, data, needs_logits)
 
         num_terms = count_terms(labels, normalization)
         sums = self._train_metrics.sums if is_training else self._eval_sums
-        channel = self._channel_of_tokens(channel, labels, inputs, tokens)
-        weights = token_weight(tokens.p_correct, tokens.targets)
-        sums.add(loss_sum, num_terms, tokens, weights, document_lengths(inputs), labels.numel(), channel)
+        channel = self._channel_of_tokens(batch.channel, labels, inputs, tokens)
+        find_clipped = getattr(token_weight.objective, "is_clipped", None)
+        is_clipped = None if find_clipped is None else find_clipped(tokens)
+        sums.add(loss_sum, num_terms, tokens, is_clipped, document_lengths(inputs), labels.numel(), channel)
 
         # in evaluation there is no count: its metrics come from the sums
         loss = loss_sum / (num_terms if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
         if is_training:
             loss = loss * self.accelerator.num_processes + self._router_loss(outputs, loss.device)
+            if self._temperature is not None:
+                lengths = document_lengths(inputs)
+                row_of_token = token_channels(torch.arange(len(lengths), device=labels.device), labels, inputs)
+                self._temperature.add(tokens, row_of_token.flatten()[tokens.places], len(lengths))
             self._finite_check.note(loss, inputs, self.state.global_step + 1)
             if TRAINER_DIVIDES_LOSS:
                 loss = loss * self._num_batches
@@ -320,10 +363,26 @@ class DFTTrainer(CheckpointTrainer):
         return output
 
 
-def _taken_apart(
-    inputs: dict[str, Any],
-) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """The inputs of the model; labels and loss_weights [B, T], channel [documents]."""
+@dataclass
+class _Batch:
+    """A batch taken apart: what the model gets, labels [B, T], columns of PER_TOKEN [B, T], channel [documents]."""
+
+    inputs: dict[str, Any]
+    labels: torch.Tensor
+    loss_weights: torch.Tensor | None
+    reference_log_p: torch.Tensor | None
+    channel: torch.Tensor | None
+
+    def of_tokens(self, normalization: Normalization) -> TokenData:
+        """What is known of the supervised tokens, each [N]."""
+        loss_weight = loss_weight_of_tokens(self.labels, self.loss_weights, normalization)
+        if self.reference_log_p is None:
+            return TokenData(loss_weight)
+        return TokenData(loss_weight, values_of_tokens(self.reference_log_p, self.labels))
+
+
+def _taken_apart(inputs: dict[str, Any]) -> _Batch:
     inputs = dict(inputs)
     inputs.pop("skip_logits", None)  # Trainer asks Liger's models to skip them in evaluation
-    return inputs, inputs.pop("labels"), inputs.pop("loss_weights", None), inputs.pop("channel", None)
+    labels, columns = inputs.pop("labels"), [inputs.pop(name, None) for name in ("loss_weights", COLUMN, "channel")]
+    return _Batch(inputs, labels, *columns)

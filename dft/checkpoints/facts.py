@@ -4,19 +4,18 @@ A run that goes on with other rows, batches or another loss is another run, whos
 epoch mean nothing. Learning rate, length of the training, logging and saving may change.
 """
 
-import hashlib
 import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from datasets import Dataset
 from transformers import PretrainedConfig, TrainingArguments
 
 from dft.batching.plan import BatchPlan
 from dft.config.loss import LossConfig
+from dft.digest import digest_of_rows
 from dft.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -26,8 +25,7 @@ SHAPE = (
     *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads", "head_dim", "num_experts", "num_local_experts"),
 )
-WHERE_COMPUTED = ("fused_loss", "loss_chunk_mb")  # settings of the loss that don't change it
-ROWS_AT_ONCE = 1000
+WHERE_COMPUTED = ("fused_loss", "loss_chunk_mb", "reference_cache_dir")  # settings of the loss that don't change it
 
 
 def run_facts(
@@ -47,6 +45,7 @@ def run_facts(
     shape = config.get_text_config().to_dict()
     plugin = args.deepspeed_plugin
     objective = {name: value for name, value in asdict(loss).items() if name not in WHERE_COMPUTED}
+    objective["objective_args"] = loss.objective_arguments
     facts = {
         **({} if rows is None else {"training_rows": len(rows), "content_of_rows": digest_of_rows(rows)}),
         **_batch_facts(args, plan),
@@ -74,21 +73,6 @@ def _batch_facts(args: TrainingArguments, plan: BatchPlan | None) -> dict[str, A
         "sampling_strategy": plan.strategy,
         "data_seed": plan.seed,
     }
-
-
-def digest_of_rows(rows: Dataset) -> str:
-    """A hash of the tokens, labels and loss weights of all rows in their order, 16 hexadecimal digits.
-
-    1e8 tokens take some 3 seconds.
-    """
-    columns = [name for name in ("input_ids", "labels", "loss_weights") if name in rows.column_names]
-    digest = hashlib.blake2b(",".join(columns).encode(), digest_size=8)
-    for batch in rows.select_columns(columns).with_format("arrow").iter(ROWS_AT_ONCE):
-        for name in columns:
-            column = batch[name].combine_chunks()
-            digest.update(np.diff(column.offsets.to_numpy()).tobytes())
-            digest.update(column.flatten().to_numpy(zero_copy_only=False).tobytes())
-    return digest.hexdigest()
 
 
 def write_facts(facts: dict[str, Any], checkpoint: Path) -> None:

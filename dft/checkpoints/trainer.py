@@ -17,6 +17,7 @@ from dft.checkpoints.serving import add_end_of_turn, save_generation_config, wei
 from dft.config.loss import LossConfig
 from dft.config.training import DFTTrainingArguments
 from dft.distributed import once_per_node
+from dft.reference.rows import ReferenceRows
 
 EVALUATED_APART = (SaveStrategy.STEPS, SaveStrategy.EPOCH)  # saves that don't depend on an evaluation
 
@@ -65,6 +66,7 @@ class CheckpointTrainer(Trainer):
 
     def _find_facts(self) -> dict[str, Any]:
         rows = self.train_dataset
+        rows = rows.rows if isinstance(rows, ReferenceRows) else rows
         has_columns = isinstance(rows, Dataset) and {"input_ids", "labels"} <= set(rows.column_names)
         return run_facts(self.args, self.loss_config, self.model.config, rows if has_columns else None)
 

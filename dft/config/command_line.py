@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 PATHS = (  # flags that hold a path, or several; what begins with { is JSON in its place
     *("model_name_or_path", "data_files", "eval_data_files", "chat_template", "data_cache_dir", "output_dir"),
+    "reference_cache_dir",
     *("logging_dir", "resume_from_checkpoint", "deepspeed", "fsdp_config", "accelerator_config"),
 )
 

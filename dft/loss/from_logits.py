@@ -1,14 +1,14 @@
 """The DFT loss: cross-entropy weighted by the model's own detached confidence.
 
-    loss = sum_t c_t * w_t * (-log p_t) / N        w_t = max(floor, alpha * sg(p_t)**gamma + 1 - alpha)
+    loss = sum_t c_t * w_t * (-log p_t) / N        w_t = alpha * sg(p_t) + 1 - alpha
 
 p_t is the probability of the correct token, sg the stop-gradient, N the number of supervised tokens and
-c_t what the data multiply a token's loss by, 1 if they say nothing. With gamma 1 and floor 0, alpha = 0 is
-plain SFT and alpha = 1 is equation 9 of "On the Generalization of SFT: A Reinforcement Learning Perspective
-with Reward Rectification" (arXiv 2508.05629).
+c_t what the data multiply a token's loss by, 1 if they say nothing. alpha = 0 is plain SFT and alpha = 1 is
+equation 9 of "On the Generalization of SFT: A Reinforcement Learning Perspective with Reward Rectification"
+(arXiv 2508.05629). Other weights w are in objectives.py, and how they are mixed in token_weight.py.
 
 This file computes the loss from logits, to be read and compared with; fused.py computes the same without holding
-logits. The weight w is in token_weight.py.
+logits.
 
 Shapes: B batch, T tokens, V vocabulary, N supervised tokens.
 """
@@ -20,21 +20,8 @@ from torch import Tensor
 
 from dft.config.loss import Normalization
 from dft.constants import IGNORE_INDEX
+from dft.loss.statistics import Needs, TokenStatistics, token_statistics
 from dft.loss.token_weight import TokenWeight
-
-ENTROPY_ROWS = 64  # rows whose V terms are held at once
-
-
-@dataclass
-class TokenStatistics:
-    """Per-token results of the model on N supervised tokens, each of shape [N]."""
-
-    targets: Tensor  # the correct tokens, int64
-    nll: Tensor  # -log p of the correct token, float32
-    p_correct: Tensor  # probability of the correct token, float32, detached
-    is_top1: Tensor  # whether no other token is likelier, bool
-    entropy: Tensor | None = None  # of the distribution over the vocabulary, in nats, float32; where it was asked for
-    places: Tensor | None = None  # in the flattened batch, of what predicts them, int64
 
 
 def shift_labels(labels: Tensor) -> Tensor:
@@ -65,7 +52,7 @@ def _starts_turn(supervised: Tensor) -> Tensor:
 def loss_weight_of_tokens(
     labels: Tensor, loss_weights: Tensor | None = None, normalization: Normalization = "token"
 ) -> Tensor | None:
-    """The factor c of each supervised token, [N] float32, in the order of `token_statistics`; None if all are 1.
+    """The factor c of each supervised token, [N] float32, in the order of `supervised_rows`; None if all are 1.
 
     Args:
         labels: [B, T], not shifted.
@@ -73,7 +60,7 @@ def loss_weight_of_tokens(
         normalization: turn divides the loss of each token by the number of tokens of its turn.
     """
     supervised = shift_labels(labels) != IGNORE_INDEX
-    loss_weight = None if loss_weights is None else torch.roll(loss_weights, -1, dims=-1)[supervised].float()
+    loss_weight = None if loss_weights is None else values_of_tokens(loss_weights, labels)
     if normalization == "turn":
         turn = torch.cumsum(_starts_turn(supervised).flatten(), 0)[supervised.flatten()] - 1  # [N], 0, 0, 1, 1, 1, …
         per_token = 1.0 / torch.bincount(turn)[turn].float()
@@ -81,24 +68,9 @@ def loss_weight_of_tokens(
     return loss_weight
 
 
-def token_statistics(logits: Tensor, targets: Tensor, with_entropy: bool = False) -> TokenStatistics:
-    """Scores N tokens. logits [N, V] in any float type, targets [N].
-
-    Without any token the results are empty but still connected to `logits`, so that backward runs and
-    distributed gradient hooks fire.
-    """
-    logits = logits.float()
-    of_target = logits.gather(-1, targets[:, None]).squeeze(-1)  # [N]
-    nll = torch.logsumexp(logits, dim=-1) - of_target
-    with torch.no_grad():
-        entropy = entropy_of(logits) if with_entropy else None
-        return TokenStatistics(targets, nll, torch.exp(-nll), of_target >= logits.amax(-1), entropy)
-
-
-def entropy_of(logits: Tensor) -> Tensor:
-    """-sum(p log p) of logits [N, V] -> [N], in nats; a few rows at a time, because its terms take memory too."""
-    chunks = logits.split(ENTROPY_ROWS)
-    return torch.cat([torch.special.entr(torch.softmax(chunk, dim=-1)).sum(-1) for chunk in chunks])
+def values_of_tokens(values: Tensor, labels: Tensor) -> Tensor:
+    """The values [B, T] of the supervised tokens of `labels` [B, T], neither of them shifted: [N] float32."""
+    return torch.roll(values, -1, dims=-1)[shift_labels(labels) != IGNORE_INDEX].float()
 
 
 def supervised_rows(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,18 +85,40 @@ def supervised_rows(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Ten
     return values.flatten(0, 1)[places], targets[places], places
 
 
-def weighted_sum(tokens: TokenStatistics, token_weight: TokenWeight, loss_weight: Tensor | None) -> Tensor:
-    """sum of c * w * nll over tokens, a scalar; c is `loss_weight` [N], or 1."""
-    losses = token_weight(tokens.p_correct, tokens.targets) * tokens.nll
-    return (losses if loss_weight is None else losses * loss_weight).sum()
+@dataclass(frozen=True)
+class TokenData:
+    """What is known of each supervised token before the model sees it; each [N] float32, or None.
+
+    Attributes:
+        loss_weight: the factor c, see `loss_weight_of_tokens`; None for 1.
+        reference_log_p: log p of the token by the starting weights.
+    """
+
+    loss_weight: Tensor | None = None
+    reference_log_p: Tensor | None = None
+
+    def __getitem__(self, chunk: slice) -> "TokenData":
+        """That of some of the tokens."""
+        values = (self.loss_weight, self.reference_log_p)
+        return TokenData(*(None if value is None else value[chunk] for value in values))
+
+
+NO_DATA = TokenData()
+
+
+def weigh(tokens: TokenStatistics, token_weight: TokenWeight, data: TokenData) -> Tensor:
+    """Fills in the weights w of tokens and returns the factors c * w of their nll, [N]."""
+    tokens.reference_log_p = data.reference_log_p
+    tokens.weight = token_weight(tokens)
+    return tokens.weight if data.loss_weight is None else tokens.weight * data.loss_weight
 
 
 def dft_loss_sum(
     logits: Tensor,
     labels: Tensor,
     token_weight: TokenWeight,
-    loss_weight: Tensor | None = None,
-    with_entropy: bool = False,
+    data: TokenData = NO_DATA,
+    needs: Needs | None = None,
 ) -> tuple[Tensor, TokenStatistics]:
     """The DFT loss of one micro-batch, summed over its tokens and not yet divided by anything.
 
@@ -134,12 +128,12 @@ def dft_loss_sum(
     Args:
         logits: [B, T, V]. Only supervised rows are upcast to float32.
         labels: [B, T], -100 where nothing is supervised; not shifted.
-        loss_weight: [N], see `loss_weight_of_tokens`.
-        with_entropy: compute the entropy of each token too.
+        needs: what the statistics have to hold; by default what the weight needs.
 
     Returns:
         sum of c * w * nll (scalar, float32) and the statistics of the tokens it sums over.
     """
     rows, targets, places = supervised_rows(logits, labels)  # [N, V], [N]
-    tokens = replace(token_statistics(rows, targets, with_entropy), places=places)
-    return weighted_sum(tokens, token_weight, loss_weight), tokens
+    tokens = token_statistics(rows, targets, needs or token_weight.needs)
+    factors = weigh(tokens, token_weight, data)
+    return (factors * tokens.nll).sum(), replace(tokens, places=places)

@@ -8,7 +8,7 @@ in it. The factor c * w of a row is applied to its hidden state, which is much s
 Shapes: B batch, T tokens, V vocabulary, H hidden size, N supervised tokens, C tokens of one chunk.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
@@ -19,8 +19,18 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from dft.config.loss import CHUNK_MB
-from dft.loss.from_logits import TokenStatistics, entropy_of, supervised_rows, token_statistics, weighted_sum
+from dft.loss.from_logits import NO_DATA, TokenData, supervised_rows, weigh
+from dft.loss.statistics import (
+    Needs,
+    TokenStatistics,
+    concentration_of,
+    entropy_of,
+    token_statistics,
+    top_entropy_of,
+)
 from dft.loss.token_weight import TokenWeight
+
+ROWS_IN_CACHE = 8  # of logits, which a processor reads again before it forgets them
 
 
 @dataclass(frozen=True)
@@ -53,12 +63,12 @@ def fused_dft_loss_sum(
     head_weight: Tensor,
     labels: Tensor,
     token_weight: TokenWeight,
-    loss_weight: Tensor | None = None,
+    data: TokenData = NO_DATA,
     *,
     bias: Tensor | None = None,
     transform: LogitTransform = LogitTransform(),
     chunk_mb: float = CHUNK_MB["cpu"],
-    with_entropy: bool = False,
+    needs: Needs | None = None,
 ) -> tuple[Tensor, TokenStatistics]:
     """As `from_logits.dft_loss_sum`, of the logits hidden @ head_weight.T + bias, which are never held as a whole.
 
@@ -67,7 +77,8 @@ def fused_dft_loss_sum(
     Args:
         hidden: [B, T, H].
         head_weight, bias: [V, H] and [V]; those that don't require gradients cost none.
-        labels, token_weight, loss_weight, with_entropy: see from_logits.dft_loss_sum.
+        labels, token_weight, data, needs: see from_logits.dft_loss_sum. Of the statistics that only the weight needs,
+            the entropy is returned.
         transform: what the model does to its logits.
         chunk_mb: MB (10**6 bytes) of float32 logits at once; at least one row is taken.
 
@@ -76,14 +87,16 @@ def fused_dft_loss_sum(
     """
     rows, targets, places = supervised_rows(hidden, labels)  # [N, H], [N]
     rows_at_once = _rows_at_once(chunk_mb, head_weight.shape[0], len(rows))
-    how = _Computation(token_weight, transform, rows_at_once, with_entropy)
-    args = (rows, head_weight, bias, targets, loss_weight, how)
+    how = _Computation(token_weight, data, transform, rows_at_once, needs or token_weight.needs)
+    args = (rows, head_weight, bias, targets, how)
     if torch.is_grad_enabled():
-        loss, nll, is_top1, entropy = _FusedHead.apply(*args)
+        loss, nll, is_top1, entropy, weight = _FusedHead.apply(*args)
     else:
-        results = _fused(*args, needs=(False, False, False))
-        loss, nll, is_top1, entropy = results.loss, results.nll, results.is_top1, results.entropy
-    return loss, TokenStatistics(targets, nll, torch.exp(-nll), is_top1, entropy, places)
+        results = _fused(*args, differentiated=(False, False, False))
+        loss, nll, is_top1 = results.loss, results.nll, results.is_top1
+        entropy, weight = results.entropy, results.weight
+    tokens = TokenStatistics(targets, nll, torch.exp(-nll), is_top1, entropy)
+    return loss, replace(tokens, reference_log_p=data.reference_log_p, weight=weight, places=places)
 
 
 def chunked_dft_loss_sum(
@@ -91,12 +104,12 @@ def chunked_dft_loss_sum(
     head: torch.nn.Module,
     labels: Tensor,
     token_weight: TokenWeight,
-    loss_weight: Tensor | None = None,
+    data: TokenData = NO_DATA,
     *,
     transform: LogitTransform = LogitTransform(),
     chunk_mb: float = CHUNK_MB["cpu"],
     vocab_size: int,
-    with_entropy: bool = False,
+    needs: Needs | None = None,
 ) -> tuple[Tensor, TokenStatistics]:
     """As `fused_dft_loss_sum`, with any module as the head: adapters, quantized weights, hooks.
 
@@ -108,25 +121,27 @@ def chunked_dft_loss_sum(
     rows, targets, places = supervised_rows(hidden, labels)  # [N, H], [N]
     rows_at_once = _rows_at_once(chunk_mb, vocab_size, len(rows))
 
-    def score(
-        rows: Tensor, targets: Tensor, loss_weight: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    needs = needs or token_weight.needs
+
+    def score(rows: Tensor, targets: Tensor, data: TokenData) -> tuple[Tensor, ...]:
         logits = head(rows).float()
-        tokens = token_statistics(logits if transform.is_identity else transform(logits), targets, with_entropy)
-        return weighted_sum(tokens, token_weight, loss_weight), tokens.nll.detach(), tokens.is_top1, tokens.entropy
+        tokens = token_statistics(logits if transform.is_identity else transform(logits), targets, needs)
+        factors = weigh(tokens, token_weight, data)
+        found = ((factors * tokens.nll).sum(), tokens.nll.detach(), tokens.is_top1, tokens.weight)
+        return found if tokens.entropy is None else (*found, tokens.entropy)
 
     parts = []
     for start in range(0, max(len(rows), 1), rows_at_once):
         chunk = slice(start, start + rows_at_once)
-        args = (rows[chunk], targets[chunk], None if loss_weight is None else loss_weight[chunk])
+        args = (rows[chunk], targets[chunk], data[chunk])
         if torch.is_grad_enabled() and rows_at_once < len(rows):
             parts.append(checkpoint(score, *args, use_reentrant=False))
         else:
             parts.append(score(*args))
-    losses, nll, is_top1, entropy = zip(*parts, strict=True)
-    nll = torch.cat(nll)
-    entropy = torch.cat(entropy) if with_entropy else None
-    tokens = TokenStatistics(targets, nll, torch.exp(-nll), torch.cat(is_top1), entropy, places)
+    losses, *found = zip(*parts, strict=True)
+    nll, is_top1, weight, *entropy = (torch.cat(of_chunks) for of_chunks in found)
+    tokens = TokenStatistics(targets, nll, torch.exp(-nll), is_top1, *entropy)
+    tokens = replace(tokens, reference_log_p=data.reference_log_p, weight=weight, places=places)
     return torch.stack(losses).sum(), tokens
 
 
@@ -140,9 +155,10 @@ class _Computation:
     """What is computed of the logits, and of how many rows at once."""
 
     token_weight: TokenWeight
+    data: TokenData
     transform: LogitTransform
     rows_at_once: int
-    with_entropy: bool
+    needs: Needs
 
 
 @dataclass
@@ -152,10 +168,17 @@ class _Results:
     loss: Tensor  # scalar
     nll: Tensor  # [N]
     is_top1: Tensor  # [N], bool
+    weight: Tensor  # [N]
     entropy: Tensor | None  # [N]
     grad_hidden: Tensor | None  # [N, H]
     grad_weight: Tensor | None  # [V, H]
     grad_bias: Tensor | None  # [V]
+
+    def keep(self, chunk: slice, tokens: TokenStatistics) -> None:
+        """Keeps the statistics of one chunk."""
+        self.nll[chunk], self.is_top1[chunk], self.weight[chunk] = tokens.nll, tokens.is_top1, tokens.weight
+        if self.entropy is not None:
+            self.entropy[chunk] = tokens.entropy
 
     def add_gradients(self, chunk: slice, h: Tensor, grad_logits: Tensor, factor: Tensor, head_weight: Tensor) -> None:
         """Adds the gradients of one chunk.
@@ -177,12 +200,12 @@ class _FusedHead(torch.autograd.Function):
     """Loss and gradients in the forward pass; the backward pass multiplies them by the gradient of the loss."""
 
     @staticmethod
-    def forward(ctx: Any, rows, head_weight, bias, targets, loss_weight, how):
-        """Loss (scalar), nll, is_top1 and entropy [N], see `_fused`; its gradients wait in ctx."""
-        results = _fused(rows, head_weight, bias, targets, loss_weight, how, needs=ctx.needs_input_grad[:3])
+    def forward(ctx: Any, rows, head_weight, bias, targets, how):
+        """Loss (scalar), nll, is_top1, entropy and weight [N], see `_fused`; its gradients wait in ctx."""
+        results = _fused(rows, head_weight, bias, targets, how, differentiated=ctx.needs_input_grad[:3])
         ctx.gradients = (results.grad_hidden, results.grad_weight, results.grad_bias)
         ctx.types = (rows.dtype, head_weight.dtype, None if bias is None else bias.dtype)
-        outputs = (results.nll, results.is_top1, results.entropy)
+        outputs = (results.nll, results.is_top1, results.entropy, results.weight)
         ctx.mark_non_differentiable(*(output for output in outputs if output is not None))
         return results.loss, *outputs
 
@@ -197,7 +220,7 @@ class _FusedHead(torch.autograd.Function):
             None if gradient is None else gradient.mul_(grad_loss).to(dtype)
             for gradient, dtype in zip(gradients, ctx.types, strict=True)
         )
-        return *scaled, None, None, None
+        return *scaled, None, None
 
 
 def _fused(
@@ -205,17 +228,16 @@ def _fused(
     head_weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    loss_weight: Tensor | None,
     how: _Computation,
-    needs: tuple[bool, bool, bool],
+    differentiated: tuple[bool, bool, bool],
 ) -> _Results:
-    """Loss, statistics, and the gradients of rows, head_weight and bias that are needed."""
+    """Loss, statistics, and the gradients of those of rows, head_weight and bias that are differentiated."""
     device = rows.device
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else head_weight.dtype
     if device.type == "cpu":
         dtype = torch.float32  # processors gain nothing from 16 bits, and lose digits
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        results = _empty_results(rows, head_weight, bias, how.with_entropy, needs)
+        results = _empty_results(rows, head_weight, bias, how.needs.entropy, differentiated)
         head_weight = head_weight.to(dtype)
         buffer = torch.empty(how.rows_at_once, len(head_weight), dtype=torch.float32, device=device)
         for start in range(0, len(rows), how.rows_at_once):
@@ -228,13 +250,10 @@ def _fused(
             if not how.transform.is_identity:
                 z.copy_(how.transform(z))
                 slope = how.transform.slope(z)
-            if results.entropy is not None:
-                results.entropy[chunk] = entropy_of(z)
-            nll, results.is_top1[chunk], grad_logits = softmax_gradient_(z, y, dtype, any(needs))
-            results.nll[chunk] = nll
-            factor = how.token_weight(torch.exp(-nll), y)  # [C]
-            factor = factor if loss_weight is None else factor * loss_weight[chunk]
-            results.loss += (factor * nll).sum()
+            tokens, grad_logits = softmax_gradient_(z, y, dtype, how.needs, any(differentiated))
+            factor = weigh(tokens, how.token_weight, how.data[chunk])  # [C]
+            results.keep(chunk, tokens)
+            results.loss += (factor * tokens.nll).sum()
             if grad_logits is not None:
                 if not how.transform.is_identity:
                     grad_logits *= slope
@@ -243,56 +262,89 @@ def _fused(
 
 
 def _empty_results(
-    rows: Tensor, head_weight: Tensor, bias: Tensor | None, with_entropy: bool, needs: tuple[bool, bool, bool]
+    rows: Tensor, head_weight: Tensor, bias: Tensor | None, with_entropy: bool, differentiated: tuple[bool, bool, bool]
 ) -> _Results:
     of_tokens = {"size": (len(rows),), "device": rows.device}
     return _Results(
         loss=torch.zeros((), dtype=torch.float32, device=rows.device),
         nll=torch.empty(**of_tokens, dtype=torch.float32),
         is_top1=torch.empty(**of_tokens, dtype=torch.bool),
+        weight=torch.empty(**of_tokens, dtype=torch.float32),
         entropy=torch.empty(**of_tokens, dtype=torch.float32) if with_entropy else None,
-        grad_hidden=torch.empty_like(rows, dtype=torch.float32) if needs[0] else None,
-        grad_weight=torch.zeros_like(head_weight, dtype=torch.float32) if needs[1] else None,
-        grad_bias=torch.zeros_like(bias, dtype=torch.float32) if needs[2] else None,
+        grad_hidden=torch.empty_like(rows, dtype=torch.float32) if differentiated[0] else None,
+        grad_weight=torch.zeros_like(head_weight, dtype=torch.float32) if differentiated[1] else None,
+        grad_bias=torch.zeros_like(bias, dtype=torch.float32) if differentiated[2] else None,
     )
 
 
 def softmax_gradient_(
-    z: Tensor, targets: Tensor, dtype: torch.dtype, wants_gradient: bool = True
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """nll and is_top1 [C] of logits z [C, V], which it overwrites, and softmax(z) - onehot(targets) in `dtype`."""
+    z: Tensor, targets: Tensor, dtype: torch.dtype, needs: Needs, wants_gradient: bool = True
+) -> tuple[TokenStatistics, Tensor | None]:
+    """Statistics of logits z [C, V], which it overwrites, and softmax(z) - onehot(targets) in `dtype`."""
     if z.is_cuda and find_spec("triton"):  # which torch.compile needs for a GPU
-        return _compiled()(z, targets, dtype, wants_gradient)
+        return _softmax_gradient_compiled(z, targets, dtype, needs, wants_gradient)
     if not wants_gradient:
-        tokens = token_statistics(z, targets)
-        return tokens.nll, tokens.is_top1, None
-    nll, is_top1, gradient = _softmax_gradient_in_place(z, targets)
-    return nll, is_top1, gradient.to(dtype)
+        return token_statistics(z, targets, needs), None
+    tokens = _softmax_gradient_in_place(z, targets, needs)
+    return tokens, z.to(dtype)
 
 
-def _softmax_gradient_in_place(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Two passes over the logits: one for the greatest, one for the softmax, whose kernel keeps a row in the cache."""
+def _softmax_gradient_in_place(z: Tensor, targets: Tensor, needs: Needs) -> TokenStatistics:
+    """Two passes over the logits: one for the greatest, one for the softmax, whose kernel keeps a row in the cache.
+
+    What the distribution is asked for is read from rows that are in the cache still.
+    """
     index = targets[:, None]
     of_target = z.gather(-1, index).squeeze(-1)
+    top_entropy = top_entropy_of(z, needs.top_k) if needs.top_k else None
     top, place = z.max(dim=-1)
-    torch.softmax(z, dim=-1, out=z)
+    entropy = torch.empty_like(top) if needs.entropy else None
+    concentration = torch.empty_like(top) if needs.concentration else None
+    if entropy is None and concentration is None:
+        torch.softmax(z, dim=-1, out=z)
+    else:
+        for start in range(0, len(z), ROWS_IN_CACHE):
+            few = slice(start, start + ROWS_IN_CACHE)
+            torch.softmax(z[few], dim=-1, out=z[few])
+            if entropy is not None:
+                entropy[few] = entropy_of(z[few])
+            if concentration is not None:
+                concentration[few] = concentration_of(z[few])
     # the softmax of the greatest logit is 1 / sum(exp(z - top)); that of the target's may underflow
     nll = top - of_target - torch.log(z.gather(-1, place[:, None]).squeeze(-1))
     z.scatter_add_(-1, index, torch.full_like(index, -1, dtype=z.dtype))
-    return nll, of_target >= top, z
+    return TokenStatistics(targets, nll, torch.exp(-nll), of_target >= top, entropy, concentration, top_entropy)
+
+
+def _softmax_gradient_compiled(
+    z: Tensor, targets: Tensor, dtype: torch.dtype, needs: Needs, wants_gradient: bool
+) -> tuple[TokenStatistics, Tensor | None]:
+    """The same without overwriting, as a few kernels."""
+    top_entropy = top_entropy_of(z, needs.top_k) if needs.top_k else None
+    wanted = (wants_gradient, needs.entropy, needs.concentration)
+    nll, is_top1, gradient, entropy, concentration = _compiled()(z, targets, dtype, *wanted)
+    return TokenStatistics(targets, nll, torch.exp(-nll), is_top1, entropy, concentration, top_entropy), gradient
 
 
 def _softmax_gradient(
-    z: Tensor, targets: Tensor, dtype: torch.dtype, wants_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The same without overwriting, for torch.compile to make a few kernels of."""
+    z: Tensor,
+    targets: Tensor,
+    dtype: torch.dtype,
+    wants_gradient: bool,
+    needs_entropy: bool,
+    needs_concentration: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """What is compiled: nll and is_top1 [C], the gradient [C, V], entropy and concentration [C]."""
     of_target = z.gather(-1, targets[:, None])
     log_sum = torch.logsumexp(z, dim=-1, keepdim=True)
     nll, is_top1 = (log_sum - of_target).squeeze(-1), (of_target >= z.amax(-1, keepdim=True)).squeeze(-1)
+    probabilities = torch.exp(z - log_sum)
+    entropy = entropy_of(probabilities) if needs_entropy else None
+    concentration = probabilities.square().sum(-1) if needs_concentration else None
     if not wants_gradient:
-        return nll, is_top1, None
+        return nll, is_top1, None, entropy, concentration
     is_target = torch.arange(z.shape[-1], device=z.device) == targets[:, None]
-    return nll, is_top1, (torch.exp(z - log_sum) - is_target.to(z.dtype)).to(dtype)
+    return nll, is_top1, (probabilities - is_target.to(z.dtype)).to(dtype), entropy, concentration
 
 
 @lru_cache

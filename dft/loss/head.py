@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dft.errors import UserError
-from dft.loss.from_logits import TokenStatistics
+from dft.loss.from_logits import NO_DATA, TokenData
 from dft.loss.fused import LogitTransform, chunked_dft_loss_sum, fused_dft_loss_sum
+from dft.loss.statistics import Needs, TokenStatistics
 from dft.loss.token_weight import TokenWeight
 
 
@@ -31,8 +32,8 @@ class HeadLoss:
 
     labels: Tensor  # [B, T]
     token_weight: TokenWeight
-    loss_weight: Tensor | None  # [N]
-    with_entropy: bool
+    data: TokenData
+    needs: Needs | None
     loss_sum: Tensor | None = None  # scalar, float32
     tokens: TokenStatistics | None = None
 
@@ -81,14 +82,18 @@ class LossHead:
 
     @contextmanager
     def computing(
-        self, labels: Tensor, token_weight: TokenWeight, loss_weight: Tensor | None = None, with_entropy: bool = False
+        self,
+        labels: Tensor,
+        token_weight: TokenWeight,
+        data: TokenData = NO_DATA,
+        needs: Needs | None = None,
     ) -> Iterator[HeadLoss]:
         """Inside this context, a call of the model computes the DFT loss, to be taken from the yielded HeadLoss.
 
         Args:
             labels: [B, T]. The others: see from_logits.dft_loss_sum.
         """
-        loss = HeadLoss(labels, token_weight, loss_weight, with_entropy)
+        loss = HeadLoss(labels, token_weight, data, needs)
         self._owner.__dict__[self._name] = partial(self._stand_in, loss)  # hides the module of this name
         try:
             yield loss
@@ -121,11 +126,11 @@ class LossHead:
             self._head.weight,
             loss.labels,
             loss.token_weight,
-            loss.loss_weight,
+            loss.data,
             bias=self._head.bias,
             transform=self.transform,
             chunk_mb=self._chunk_mb,
-            with_entropy=loss.with_entropy,
+            needs=loss.needs,
         )
         return loss.loss_sum
 
@@ -138,11 +143,11 @@ class LossHead:
             self._head,
             loss.labels,
             loss.token_weight,
-            loss.loss_weight,
+            loss.data,
             transform=self.transform,
             chunk_mb=float("inf") if is_sharded else self._chunk_mb,
             vocab_size=self._vocab_size,
-            with_entropy=loss.with_entropy,
+            needs=loss.needs,
         )
         return loss.loss_sum
 

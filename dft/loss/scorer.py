@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dft.config.loss import FusedLoss
-from dft.loss.from_logits import TokenStatistics, dft_loss_sum
+from dft.loss.from_logits import NO_DATA, TokenData, dft_loss_sum
 from dft.loss.head import LossHead, UnsupportedHead
+from dft.loss.statistics import Needs, TokenStatistics
 from dft.loss.token_weight import TokenWeight
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ class Scorer:
         fused_loss: on computes the loss in the head; off from logits; auto in the head if it is one that is known.
             With auto, a head that turns out at the first call to be another one is given up, with a warning.
         chunk_mb: MB of logits that the head holds at once.
-        with_entropy: compute the entropy of the predictions too.
+        needs: what the statistics of the tokens have to hold; by default what the weight needs.
 
     Attributes:
         head: computes the loss; None where it is computed from logits.
@@ -31,10 +32,10 @@ class Scorer:
         UnsupportedHead: fused_loss is on, and this model's head is not one that is known.
     """
 
-    def __init__(self, model: PreTrainedModel, fused_loss: FusedLoss, chunk_mb: float, with_entropy: bool):
+    def __init__(self, model: PreTrainedModel, fused_loss: FusedLoss, chunk_mb: float, needs: Needs | None = None):
         self.head: LossHead | None = None
         self._fused_loss = fused_loss
-        self._with_entropy = with_entropy
+        self._needs = needs
         if fused_loss == "off":
             return
         try:
@@ -52,7 +53,7 @@ class Scorer:
         inputs: dict[str, Any],
         labels: Tensor,
         token_weight: TokenWeight,
-        loss_weight: Tensor | None = None,
+        data: TokenData = NO_DATA,
         needs_logits: bool = False,
     ) -> tuple[Tensor, TokenStatistics, Any]:
         """sum(c * w * nll) (scalar), the statistics of the tokens, and the model's outputs.
@@ -60,7 +61,7 @@ class Scorer:
         Args:
             model: may be wrapped.
             inputs: of the model, without labels.
-            labels: [B, T]. token_weight, loss_weight: see from_logits.dft_loss_sum.
+            labels: [B, T]. token_weight, data: see from_logits.dft_loss_sum.
             needs_logits: the outputs must hold the model's logits; they don't where the head computes the loss.
 
         Raises:
@@ -68,15 +69,15 @@ class Scorer:
         """
         if self.head is None or needs_logits:
             outputs = model(**inputs)
-            return *dft_loss_sum(outputs.logits, labels, token_weight, loss_weight, self._with_entropy), outputs
+            return *dft_loss_sum(outputs.logits, labels, token_weight, data, self._needs), outputs
         try:
-            with self.head.computing(labels, token_weight, loss_weight, self._with_entropy) as loss:
+            with self.head.computing(labels, token_weight, data, self._needs) as loss:
                 outputs = model(**inputs)
             loss_sum, tokens = loss.take(outputs.logits)
             self.head.check(outputs.logits)
         except UnsupportedHead as error:
             self._give_up_head(error)
-            return self.score(model, inputs, labels, token_weight, loss_weight)
+            return self.score(model, inputs, labels, token_weight, data)
         return loss_sum, tokens, outputs
 
     def _give_up_head(self, error: UnsupportedHead) -> None:

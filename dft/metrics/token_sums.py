@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from dft.loss.from_logits import TokenStatistics
+from dft.loss.statistics import TokenStatistics
 
 # Thresholds of the p_below and p_above metrics. UNLIKELY also marks the DFT weights that the warning about hardly any
 # learning counts.
@@ -25,10 +25,10 @@ class TokenSums:
     """
 
     # sums over supervised tokens, in the order of _token_values
-    NLL, P_CORRECT, TOP1, WEIGHT, P_BELOW, P_ABOVE, WEIGHT_BELOW, ENTROPY = range(8)
+    NLL, P_CORRECT, TOP1, WEIGHT, P_BELOW, P_ABOVE, WEIGHT_BELOW, ENTROPY, CLIPPED = range(9)
     # sums over micro-batches; PAIRS are the pairs of tokens of a document, which attention compares
-    LOSS, TERMS, SUPERVISED, TOKENS, POSITIONS, PAIRS = range(8, 14)
-    COUNT = 14
+    LOSS, TERMS, SUPERVISED, TOKENS, POSITIONS, PAIRS = range(9, 15)
+    COUNT = 15
     CHANNEL_COUNT = 4  # NLL, P_CORRECT and TOP1 of a channel, and its supervised tokens
 
     def __init__(self, device: torch.device, num_channels: int = 0):
@@ -41,7 +41,7 @@ class TokenSums:
         loss_sum: torch.Tensor,
         num_terms: torch.Tensor,
         tokens: TokenStatistics,
-        weights: torch.Tensor,
+        is_clipped: torch.Tensor | None,
         lengths: torch.Tensor,
         num_positions: int,
         channel: torch.Tensor | None = None,
@@ -50,12 +50,13 @@ class TokenSums:
 
         Args:
             loss_sum, num_terms: its summed loss and the divisor of that, scalars.
-            tokens, weights: statistics and DFT weights of its supervised tokens, [N].
+            tokens: statistics of its supervised tokens, with their weights.
+            is_clipped: which of their ratios to the starting weights were clipped, [N]; None where there are none.
             lengths: tokens of each of its documents, int [D].
             num_positions: positions that the model computed: tokens and padding.
             channel: the channel of each supervised token, int64 [N].
         """
-        values = self._token_values(tokens, weights)  # [N, 8]
+        values = self._token_values(tokens, is_clipped)  # [N, 9]
         lengths = lengths.to(self.values.dtype)
         of_batch = (loss_sum.detach(), num_terms, len(values), lengths.sum(), num_positions, lengths.square().sum())
         sums = torch.cat([values.sum(0), torch.stack([self._scalar(x) for x in of_batch])])
@@ -65,9 +66,9 @@ class TokenSums:
             of_channels = self.values.narrow(0, self.COUNT, len(self.values) - self.COUNT)
             of_channels.view(-1, self.CHANNEL_COUNT).index_add_(0, channel, values)
 
-    def _token_values(self, tokens: TokenStatistics, weights: torch.Tensor) -> torch.Tensor:
-        """What is summed over tokens, [N, 8], in the order of the class constants."""
-        nll, p_correct = tokens.nll.detach(), tokens.p_correct
+    def _token_values(self, tokens: TokenStatistics, is_clipped: torch.Tensor | None) -> torch.Tensor:
+        """What is summed over tokens, [N, 9], in the order of the class constants."""
+        nll, p_correct, weights = tokens.nll.detach(), tokens.p_correct, tokens.weight
         columns = (
             nll,
             p_correct,
@@ -75,8 +76,9 @@ class TokenSums:
             weights,
             p_correct < UNLIKELY,
             p_correct > SURE,
-            weights < UNLIKELY,
+            weights.abs() < UNLIKELY,  # an anchored weight may be negative
             torch.zeros_like(nll) if tokens.entropy is None else tokens.entropy,
+            torch.zeros_like(nll) if is_clipped is None else is_clipped,
         )
         return torch.stack([column.to(nll.dtype) for column in columns], dim=1).to(self.values.dtype)
 
@@ -107,7 +109,7 @@ def averages(sums: list[float]) -> dict[str, float]:
     }
 
 
-def health(sums: list[float], with_entropy: bool = False) -> dict[str, float]:
+def health(sums: list[float], with_entropy: bool = False, with_ratio: bool = False) -> dict[str, float]:
     """Metrics of how much there is to learn: mean DFT weight, shares of unlikely and of sure tokens, mean entropy.
 
     A token with p near 0 has next to no gradient at alpha 1, one with p near 1 has nothing left to learn.
@@ -115,14 +117,17 @@ def health(sums: list[float], with_entropy: bool = False) -> dict[str, float]:
     Args:
         sums: of `TokenSums.take`.
         with_entropy: whether the entropy, in nats, was computed.
+        with_ratio: whether the objective clips ratios to the starting weights.
     """
     n = max(sums[TokenSums.SUPERVISED], 1.0)
-    entropy = {"entropy": sums[TokenSums.ENTROPY] / n} if with_entropy else {}
+    more = {"entropy": sums[TokenSums.ENTROPY] / n} if with_entropy else {}
+    if with_ratio:
+        more["ratio_clipped"] = sums[TokenSums.CLIPPED] / n
     return {
         "mean_weight": sums[TokenSums.WEIGHT] / n,
         "p_below_0.01": sums[TokenSums.P_BELOW] / n,
         "p_above_0.99": sums[TokenSums.P_ABOVE] / n,
-        **entropy,
+        **more,
     }
 
 

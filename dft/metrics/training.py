@@ -2,14 +2,15 @@
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from transformers import TrainerCallback
 
+from dft.metrics.advice import advice_on_ratios, advice_on_weights
 from dft.metrics.throughput import ModelFlops, peak_memory_gib
-from dft.metrics.token_sums import UNLIKELY, TokenSums, averages, channel_averages, health
+from dft.metrics.token_sums import TokenSums, averages, channel_averages, health
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,8 @@ class TrainingMetrics:
     Args:
         channels: names of the channels, in the order of their numbers.
         with_entropy: whether token statistics have the entropy.
+        with_ratio: whether the objective clips ratios to the starting weights.
+        objective: its name, for warnings.
         min_steps: DFT metrics are added only to records at least this many steps apart, and to the last; None for all.
         flops, peak_tflops: the operations of training and one device's peak, for mfu; without either there is no mfu.
 
@@ -42,6 +45,8 @@ class TrainingMetrics:
         *,
         channels: Sequence[str] = (),
         with_entropy: bool = False,
+        with_ratio: bool = False,
+        objective: str = "dft",
         min_steps: int | None = None,
         flops: ModelFlops | None = None,
         peak_tflops: float | None = None,
@@ -49,13 +54,14 @@ class TrainingMetrics:
         self.sums = TokenSums(device, len(channels))
         self._device = device
         self._channels = channels
-        self._with_entropy = with_entropy
+        self._with_entropy, self._with_ratio = with_entropy, with_ratio
+        self._objective = objective
         self._min_steps = min_steps or 1
         self._flops = flops
         self._peak_tflops = peak_tflops
         self._unrecorded = [0.0] * len(self.sums.values)  # sums since the DFT metrics were last recorded
         self._recorded_step = 0  # step at which they were
-        self._has_warned = False  # whether the warning about stalled learning was given
+        self._advised: set[Callable] = set()  # what was warned of, once
         # start of the time that the next record divides by, moved on by pauses; None before the first step
         self._clock: float | None = None
         self._paused_at: float | None = None
@@ -98,7 +104,7 @@ class TrainingMetrics:
         self._unrecorded = [a + b for a, b in zip(self._unrecorded, sums, strict=True)]
         if step - self._recorded_step >= self._min_steps or is_last:
             record |= self._dft_metrics(alpha)
-            self._warn_if_learning_stalls()
+            self._advise()
             self._unrecorded = [0.0] * len(sums)
             self._recorded_step = step
         record["tokens_per_second"] = sums[TokenSums.TOKENS] / seconds
@@ -147,19 +153,14 @@ class TrainingMetrics:
             "train/avg_p_correct": means["avg_p_correct"],
             "train/dft_alpha": alpha,
             "token_accuracy": means["acc"],
-            **health(self._unrecorded, self._with_entropy),
+            **health(self._unrecorded, self._with_entropy, self._with_ratio),
             **channel_averages(self._unrecorded, self._channels),
         }
 
-    def _warn_if_learning_stalls(self) -> None:
-        """Warns once if most tokens of a record have next to no weight, and so next to no gradient."""
-        share = self._unrecorded[TokenSums.WEIGHT_BELOW] / max(self._unrecorded[TokenSums.SUPERVISED], 1.0)
-        if share > 0.5 and not self._has_warned:
-            self._has_warned = True
-            logger.warning(
-                "%.0f%% of the supervised tokens have a DFT weight below %g: the model hardly expects them, so it "
-                "hardly learns them. Lower dft_alpha (0.7), set a dft_floor (0.1), let alpha rise "
-                "(dft_alpha_warmup_ratio), or train with dft_alpha 0 first",
-                100 * share,
-                UNLIKELY,
-            )
+    def _advise(self) -> None:
+        """Warns once of each: most tokens of a record have next to no weight, and many ratios are clipped."""
+        for advice in (advice_on_weights, advice_on_ratios):
+            text = advice(self._objective, self._unrecorded)
+            if text is not None and advice not in self._advised:
+                self._advised.add(advice)
+                logger.warning("%s", text)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dft.loss import fused
 from dft.loss.fused import chunked_dft_loss_sum, fused_dft_loss_sum
 from dft.loss.head import LossHead
+from dft.loss.statistics import Needs
 from dft.loss.token_weight import TokenWeight
 from examples.make_tiny_model import make_model
 from tests.cuda.precision import MUTANTS, PRECISIONS, Precision, Reference, reference, tolerance
@@ -81,9 +82,8 @@ def inputs_of(problem: Problem, kind: str, dtype: torch.dtype) -> tuple[Tensor, 
 def found_by_head(problem: Problem, kind: str, precision: Precision, is_chunked: bool) -> Found:
     used, hidden, head = inputs_of(problem, kind, precision.held)
     with precision.autocast(used.device):
-        loss, tokens = fused_dft_loss_sum(
-            used, head, problem.labels, TokenWeight(ALPHA), chunk_mb=chunk_mb(problem, is_chunked), with_entropy=True
-        )
+        own = {"chunk_mb": chunk_mb(problem, is_chunked), "needs": Needs(entropy=True)}
+        loss, tokens = fused_dft_loss_sum(used, head, problem.labels, TokenWeight(ALPHA), **own)
     (loss / 7).backward()
     return Found(loss.detach(), {"hidden": hidden.grad, "head": head.grad}, tokens.p_correct, tokens.entropy)
 
@@ -142,7 +142,7 @@ def test_the_compiled_pass_equals_float64(problem, monkeypatch, name):
 
     monkeypatch.setattr(fused, "_compiled", lambda: counted)
     if problem.head.device.type == "cpu":
-        monkeypatch.setattr(fused, "softmax_gradient_", lambda *args: fused._compiled()(*args))
+        monkeypatch.setattr(fused, "softmax_gradient_", fused._softmax_gradient_compiled)
     found = found_by_head(problem, "untied", PRECISIONS[name], is_chunked=True)
     assert len(calls) == -(-len(found.p_correct) // 7)
     expected, gradients = expected_of_head(problem, "untied")
@@ -189,7 +189,7 @@ def test_a_head_with_an_adapter_equals_float64(problem, name, is_chunked):
             TokenWeight(ALPHA),
             chunk_mb=mb,
             vocab_size=problem.vocab_size,
-            with_entropy=True,
+            needs=Needs(entropy=True),
         )
     (loss / 7).backward()
     found = Found(loss.detach(), gradients_of(module, hidden), tokens.p_correct, tokens.entropy)

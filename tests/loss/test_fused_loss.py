@@ -8,14 +8,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dft.loss import fused as fused_loss
-from dft.loss.from_logits import count_terms, dft_loss_sum, entropy_of, loss_weight_of_tokens, supervised_rows
+from dft.loss.from_logits import TokenData, count_terms, dft_loss_sum, loss_weight_of_tokens, supervised_rows
 from dft.loss.fused import (
     LogitTransform,
-    _softmax_gradient,
+    _softmax_gradient_compiled,
     chunked_dft_loss_sum,
     fused_dft_loss_sum,
     softmax_gradient_,
 )
+from dft.loss.objectives import Dft
+from dft.loss.statistics import Needs, entropy_of
 from dft.loss.token_weight import TokenWeight
 from tests.helpers import relative_error
 
@@ -62,7 +64,9 @@ def reference(case: Case) -> tuple[float, list[torch.Tensor]]:
                 z = z if cap is None else cap * torch.tanh(z / cap)
                 nll = -torch.log_softmax(z, dim=-1)[row[t]]
                 p = math.exp(-nll.item())
-                factor = 1.0 if row[t] in w.plain_tokens else max(w.floor, w.alpha * p**w.gamma + 1 - w.alpha)
+                factor = (
+                    1.0 if row[t] in w.plain_tokens else max(w.floor, w.alpha * p**w.objective.gamma + 1 - w.alpha)
+                )
                 factor *= 1.0 if loss_weights is None else loss_weights[b, t].item()
                 factor *= 1 / len(turn) if case.normalization == "turn" else 1.0
                 loss = loss + factor * nll
@@ -74,20 +78,20 @@ class Head(torch.nn.Linear):
     """A linear layer that is not known to be one."""
 
 
-def from_logits(hidden, head, bias, labels, weight, scales, transform, chunk_mb):
-    return dft_loss_sum(transform(hidden @ head.T + bias), labels, weight, scales)
+def from_logits(hidden, head, bias, labels, weight, data, transform, chunk_mb):
+    return dft_loss_sum(transform(hidden @ head.T + bias), labels, weight, data)
 
 
-def fused(hidden, head, bias, labels, weight, scales, transform, chunk_mb):
-    return fused_dft_loss_sum(hidden, head, labels, weight, scales, bias=bias, transform=transform, chunk_mb=chunk_mb)
+def fused(hidden, head, bias, labels, weight, data, transform, chunk_mb):
+    return fused_dft_loss_sum(hidden, head, labels, weight, data, bias=bias, transform=transform, chunk_mb=chunk_mb)
 
 
-def chunked(hidden, head, bias, labels, weight, scales, transform, chunk_mb):
+def chunked(hidden, head, bias, labels, weight, data, transform, chunk_mb):
     module = Head(H, V)
     del module.weight, module.bias
     module.weight, module.bias = head, bias
     return chunked_dft_loss_sum(
-        hidden, module, labels, weight, scales, transform=transform, chunk_mb=chunk_mb, vocab_size=V
+        hidden, module, labels, weight, data, transform=transform, chunk_mb=chunk_mb, vocab_size=V
     )
 
 
@@ -98,9 +102,9 @@ def check(loss_sum, case: Case) -> None:
     """
     *inputs, labels, loss_weights = case.tensors()
     hidden, head, bias = (x.requires_grad_() for x in inputs)
-    scales = loss_weight_of_tokens(labels, loss_weights, case.normalization)
+    data = TokenData(loss_weight_of_tokens(labels, loss_weights, case.normalization))
     chunk_mb = case.chunk_rows * 4 * V / 1e6
-    loss, tokens = loss_sum(hidden, head, bias, labels, case.weight, scales, case.transform, chunk_mb)
+    loss, tokens = loss_sum(hidden, head, bias, labels, case.weight, data, case.transform, chunk_mb)
     (loss / 7).backward()
     expected, gradients = reference(case)
     assert loss.item() == pytest.approx(expected, rel=1e-6)
@@ -113,7 +117,7 @@ CASES = {
     "SFT": Case(TokenWeight(0.0)),
     "alpha 0.7": Case(),
     "DFT": Case(TokenWeight(1.0)),
-    "gamma": Case(TokenWeight(0.9, gamma=0.5)),
+    "gamma": Case(TokenWeight(0.9, objective=Dft(0.5))),
     "floor": Case(TokenWeight(1.0, floor=0.1)),
     "plain tokens": Case(TokenWeight(1.0, plain_tokens=tuple(range(20)))),
     "scale": Case(transform=LogitTransform(0.125)),
@@ -146,7 +150,7 @@ def no_weight_in_the_head(monkeypatch):
 
 def weight_of_another_token(monkeypatch):
     call = TokenWeight.__call__
-    monkeypatch.setattr(TokenWeight, "__call__", lambda self, p, y: call(self, p.roll(1), y.roll(1)))
+    monkeypatch.setattr(TokenWeight, "__call__", lambda self, tokens: call(self, tokens).roll(1))
 
 
 def no_onehot(monkeypatch):
@@ -172,20 +176,26 @@ def test_the_reference_rejects_mutants(mutant, name, monkeypatch):
 
 def test_passes_of_every_kind_give_the_softmax_gradient():
     """The compiled one is for GPUs, and is compiled for the processor here."""
+    needs = Needs(entropy=True, concentration=True, top_k=5)
     z = 5 * torch.randn(4, 1000, generator=torch.Generator().manual_seed(0))
     z[1, 3] = 200.0  # all others underflow
     targets = torch.tensor([0, 4, 999, 5])
     expected = torch.softmax(z.double(), -1) - torch.nn.functional.one_hot(targets, 1000)
     nll = -torch.log_softmax(z.double(), -1).gather(1, targets[:, None]).squeeze(1)
     results = {
-        "in place": softmax_gradient_(z.clone(), targets, torch.float32),
-        "compiled": torch.compile(_softmax_gradient, dynamic=True)(z, targets, torch.float32, True),
-        "16 bits": _softmax_gradient(z, targets, torch.bfloat16, True),
-        "no gradient": softmax_gradient_(z.clone(), targets, torch.float32, False),
+        "in place": softmax_gradient_(z.clone(), targets, torch.float32, needs),
+        "compiled": _softmax_gradient_compiled(z, targets, torch.float32, needs, True),
+        "16 bits": _softmax_gradient_compiled(z, targets, torch.bfloat16, needs, True),
+        "no gradient": softmax_gradient_(z.clone(), targets, torch.float32, needs, False),
     }
-    for name, (found, is_top1, gradient) in results.items():
-        torch.testing.assert_close(found.double(), nll, rtol=1e-5, atol=1e-5, msg=name)
-        assert is_top1.tolist() == (z.argmax(-1) == targets).tolist()
+    p = torch.softmax(z.double(), -1)
+    top5 = torch.softmax(z.double().topk(5).values, -1)
+    for name, (tokens, gradient) in results.items():
+        torch.testing.assert_close(tokens.nll.double(), nll, rtol=1e-5, atol=1e-5, msg=name)
+        torch.testing.assert_close(tokens.entropy.double(), entropies(z.double()), rtol=1e-5, atol=1e-5, msg=name)
+        torch.testing.assert_close(tokens.concentration.double(), (p * p).sum(-1), rtol=1e-5, atol=0, msg=name)
+        torch.testing.assert_close(tokens.top_entropy.double(), entropies(top5.log()), rtol=1e-5, atol=1e-6, msg=name)
+        assert tokens.is_top1.tolist() == (z.argmax(-1) == targets).tolist()
         if name == "no gradient":
             assert gradient is None
         else:
@@ -220,7 +230,7 @@ def test_no_more_than_a_chunk_of_logits_is_held(length):
         loss.backward()
     assert seen.most == rows * vocab
     with LargestTensor((vocab, H), (H, vocab)) as seen:
-        from_logits(hidden, head, 0.0, labels, TokenWeight(), None, LogitTransform(), 0)[0].backward()
+        from_logits(hidden, head, 0.0, labels, TokenWeight(), TokenData(), LogitTransform(), 0)[0].backward()
     assert seen.most >= (length - 1) * vocab
 
 
@@ -251,7 +261,7 @@ def test_nothing_supervised_is_a_connected_zero(loss_sum):
     hidden, head, bias, labels, _ = Case().tensors()
     inputs = [x.requires_grad_() for x in (hidden, head, bias)]
     nothing = torch.full_like(labels, -100)
-    loss, tokens = loss_sum(*inputs, nothing, TokenWeight(), None, LogitTransform(), 1.0)
+    loss, tokens = loss_sum(*inputs, nothing, TokenWeight(), TokenData(), LogitTransform(), 1.0)
     loss.backward()
     assert loss.item() == 0
     assert tokens.nll.numel() == 0
@@ -276,7 +286,7 @@ def test_16_bits_err_by_the_rounding_of_their_results(autocast):
         loss, tokens = fused_dft_loss_sum(*inputs, labels, TokenWeight(0.7), chunk_mb=3 * 4 * V / 1e6)
     loss.backward()
     exact = [x.double().requires_grad_() for x in (hidden, head)]
-    expected, of_tokens = from_logits(*exact, 0.0, labels, TokenWeight(0.7), None, LogitTransform(), 0)
+    expected, of_tokens = from_logits(*exact, 0.0, labels, TokenWeight(0.7), TokenData(), LogitTransform(), 0)
     expected.backward()
     assert tokens.p_correct.dtype == torch.float32
     torch.testing.assert_close(tokens.nll.double(), of_tokens.nll.double(), rtol=1e-5, atol=1e-5)
@@ -299,8 +309,6 @@ def test_turns_are_counted_as_unbroken_runs():
     [
         ({"alpha": -0.1}, "alpha"),
         ({"alpha": math.nan}, "alpha"),
-        ({"gamma": 0.0}, "gamma"),
-        ({"gamma": math.inf}, "gamma"),
         ({"floor": 1.1}, "floor"),
     ],
 )
@@ -320,18 +328,18 @@ def test_entropy_equals_float64_and_leaves_the_loss_as_it_is(loss_sum, has_gradi
     """Of the logits after their transform, against float64; the loss stays what it is without it."""
     case = Case(transform=LogitTransform(0.5, softcap=3.0))
     hidden, head, bias, labels, _ = case.tensors()
-    args = (labels, case.weight, None)
+    args = (labels, case.weight, TokenData())
     plain_logits = hidden.double() @ head.double().T + bias.double()
     logits = case.transform(plain_logits)
     expected, before_transform = (entropies(supervised_rows(z, labels)[0]) for z in (logits, plain_logits))
-    own = {"transform": case.transform, "chunk_mb": 3 * 4 * V / 1e6, "with_entropy": True}
+    own = {"transform": case.transform, "chunk_mb": 3 * 4 * V / 1e6, "needs": Needs(entropy=True)}
     module = Head(H, V)
     with torch.no_grad():
         module.weight.copy_(head)
         module.bias.copy_(bias)
     with torch.set_grad_enabled(has_gradient):
         if loss_sum is from_logits:
-            loss, tokens = dft_loss_sum(logits.float(), *args, with_entropy=True)
+            loss, tokens = dft_loss_sum(logits.float(), *args, needs=own["needs"])
         elif loss_sum is fused:
             loss, tokens = fused_dft_loss_sum(hidden.requires_grad_(), head, *args, bias=bias, **own)
         else:
@@ -347,4 +355,4 @@ def test_entropy_equals_float64_and_leaves_the_loss_as_it_is(loss_sum, has_gradi
 def test_words_that_are_ruled_out_add_no_entropy():
     """A model that masks words gives them logits of minus infinity: they add nothing."""
     logits = torch.tensor([[0.0, 0.0, -math.inf], [5.0, -math.inf, -math.inf]])
-    assert entropy_of(logits).tolist() == pytest.approx([math.log(2), 0.0])
+    assert entropy_of(torch.softmax(logits, dim=-1)).tolist() == pytest.approx([math.log(2), 0.0])

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from dft.loss.from_logits import count_terms, dft_loss_sum, loss_weight_of_tokens, shift_labels, token_statistics
+from dft.loss.from_logits import TokenData, count_terms, dft_loss_sum, loss_weight_of_tokens, shift_labels
+from dft.loss.statistics import token_statistics
 from dft.loss.token_weight import TokenWeight
 from tests.helpers import relative_error
 
@@ -77,7 +78,7 @@ def no_detach(logits, labels, alpha):
 def wrong_token(logits, labels, alpha):
     tokens = statistics(logits, labels)
     other = statistics(logits, torch.where(labels == -100, labels, (labels + 1) % logits.shape[-1]))
-    return (TokenWeight(alpha)(other.p_correct, None) * tokens.nll).sum()
+    return (TokenWeight(alpha)(other) * tokens.nll).sum()
 
 
 def off_by_one(logits, labels, alpha):
@@ -136,7 +137,7 @@ def test_statistics_of_the_tokens_equal_float64():
 def weights_of_the_position_before(logits, labels, alpha, weights):
     """The mutant: the weight of the token that predicts, not of the token that is predicted."""
     scales = loss_weight_of_tokens(labels, torch.roll(weights, 1, dims=-1))
-    return dft_loss_sum(logits, labels, TokenWeight(alpha), scales)[0]
+    return dft_loss_sum(logits, labels, TokenWeight(alpha), TokenData(scales))[0]
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.7])
@@ -149,7 +150,7 @@ def test_loss_weights_multiply_the_loss_of_their_token(alpha):
             alone = torch.full_like(labels, -100)
             alone[b, t] = labels[b, t]
             expected += float(weights[b, t]) * reference(logits, alone, alpha)[0]
-    found, _ = dft_loss_sum(logits, labels, TokenWeight(alpha), loss_weight_of_tokens(labels, weights))
+    found, _ = dft_loss_sum(logits, labels, TokenWeight(alpha), TokenData(loss_weight_of_tokens(labels, weights)))
     assert float(found) == pytest.approx(expected, rel=1e-6)
     assert float(weights_of_the_position_before(logits, labels, alpha, weights)) != pytest.approx(expected, rel=1e-3)
 

@@ -238,7 +238,7 @@ def test_the_comparison_of_trainings_rejects_mutants(make_trainer, monkeypatch, 
     *others, _ = settings.items()
     ignoring = train_two_steps(make_trainer, "on", **dict(others))
     call = TokenWeight.__call__
-    monkeypatch.setattr(TokenWeight, "__call__", lambda self, p, y: call(self, p.roll(1), y))
+    monkeypatch.setattr(TokenWeight, "__call__", lambda self, tokens: call(self, tokens).roll(1))
     mixed = train_two_steps(make_trainer, "on", **settings)
     for mutant in (ignoring, mixed):
         assert relative_error(mutant.change, expected.change) > 1e-3

@@ -34,10 +34,11 @@ def add_one(sums: TokenSums, device: str) -> None:
         p_correct=torch.full((n,), 0.5, device=device),
         is_top1=torch.ones(n, dtype=torch.bool, device=device),
         entropy=torch.ones(n, device=device),
+        weight=torch.full((n,), 0.5, device=device),
     )
     loss, terms = torch.ones((), device=device), torch.full((), n, device=device)
     lengths, channel = torch.full((2,), 4, device=device), torch.zeros(n, dtype=torch.int64, device=device)
-    sums.add(loss, terms, tokens, tokens.p_correct, lengths, 8, channel)
+    sums.add(loss, terms, tokens, tokens.is_top1, lengths, 8, channel)
 
 
 def test_a_micro_batch_is_added_without_waiting_for_the_device():

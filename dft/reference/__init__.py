@@ -1,0 +1,1 @@
+"""What the weights that a training begins with say of its tokens."""
