@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler
 from transformers import Trainer, TrainingArguments
 
-from dft.batching.collators import PER_TOKEN, document_lengths, token_channels
+from dft.batching.collators import document_lengths, token_channels
 from dft.batching.leak_check import LeakCheck
 from dft.batching.packing import DOCUMENTS
 from dft.batching.sampler import EpochOrder, FilledRows, SetEpochCallback, token_lengths
@@ -123,6 +123,8 @@ class DFTTrainer(ReferenceTrainer, CheckpointTrainer):
         objective = make_objective(loss) if token_weight is None else token_weight
         self.objective_name = loss.objective if token_weight is None else "custom"
         self.token_weight = TokenWeight(loss.alpha, loss.dft_floor, tuple(plain_tokens), objective)
+        weight = "from token_weight" if token_weight is not None else loss.formula
+        logger.info("Loss: objective %s, weight %s, alpha %g", self.objective_name, weight, loss.alpha)
         chunk_mb = loss.loss_chunk_mb or CHUNK_MB.get(self.args.device.type, CHUNK_MB["cpu"])
         needs = self.token_weight.needs | Needs(entropy=metrics.log_entropy)
         self.scorer = Scorer(self.model, loss.fused_loss, chunk_mb, needs)
@@ -164,12 +166,17 @@ class DFTTrainer(ReferenceTrainer, CheckpointTrainer):
                 metric,
             )
 
+    @property
+    def _clips_ratios(self) -> bool:
+        """Whether the objective clips ratios to the starting weights."""
+        return hasattr(self.token_weight.objective, "is_clipped")
+
     def _new_metrics(self) -> TrainingMetrics:
         return TrainingMetrics(
             self.args.device,
             channels=self.channels,
             with_entropy=self.metrics_config.log_entropy,
-            with_ratio=hasattr(self.token_weight.objective, "is_clipped"),
+            with_ratio=self._clips_ratios,
             objective=self.objective_name,
             min_steps=self.metrics_config.log_metrics_steps,
             flops=self._flops,
@@ -191,7 +198,7 @@ class DFTTrainer(ReferenceTrainer, CheckpointTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         """Trainer drops the columns that the model's forward doesn't take; the loss and the collators take more."""
         super()._set_signature_columns_if_needed()
-        more = {*PER_TOKEN, DOCUMENTS, *(["channel"] if self.channels else [])}
+        more = {"loss_weights", COLUMN, DOCUMENTS, *(["channel"] if self.channels else [])}
         self._signature_columns += more - set(self._signature_columns)
 
     # ---- the loss -------------------------------------------------------------------------------
@@ -249,8 +256,7 @@ class DFTTrainer(ReferenceTrainer, CheckpointTrainer):
         num_terms = count_terms(labels, normalization)
         sums = self._train_metrics.sums if is_training else self._eval_sums
         channel = self._channel_of_tokens(batch.channel, labels, inputs, tokens)
-        find_clipped = getattr(token_weight.objective, "is_clipped", None)
-        is_clipped = None if find_clipped is None else find_clipped(tokens)
+        is_clipped = token_weight.objective.is_clipped(tokens) if self._clips_ratios else None
         sums.add(loss_sum, num_terms, tokens, is_clipped, document_lengths(inputs), labels.numel(), channel)
 
         # in evaluation there is no count: its metrics come from the sums
@@ -354,7 +360,9 @@ class DFTTrainer(ReferenceTrainer, CheckpointTrainer):
         sums = self._eval_sums.take(self.accelerator)
         if sums[TokenSums.SUPERVISED] > 0:  # not where rows without labels are predicted
             metrics = (
-                averages(sums) | health(sums, self.metrics_config.log_entropy) | channel_averages(sums, self.channels)
+                averages(sums)
+                | health(sums, self.metrics_config.log_entropy, self._clips_ratios)
+                | channel_averages(sums, self.channels)
             )
             metrics["perplexity"] = math.exp(min(metrics["ce_loss"], 700.0))
             output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in metrics.items()})
@@ -365,7 +373,7 @@ class DFTTrainer(ReferenceTrainer, CheckpointTrainer):
 
 @dataclass
 class _Batch:
-    """A batch taken apart: what the model gets, labels [B, T], columns of PER_TOKEN [B, T], channel [documents]."""
+    """A batch taken apart: what the model gets, labels and columns [B, T], channel [documents]."""
 
     inputs: dict[str, Any]
     labels: torch.Tensor

@@ -8,7 +8,6 @@ Shapes: B rows, T tokens of the longest row, S tokens of all rows, D documents.
 """
 
 import copy
-import math
 from typing import Any
 
 import torch
@@ -17,31 +16,17 @@ from transformers import DataCollatorForSeq2Seq
 from dft.batching.packing import DOCUMENTS
 from dft.constants import IGNORE_INDEX, PADDED_TO
 
-# columns with a number for each token, and what it is on padding and in rows without the column
-PER_TOKEN = {"loss_weights": 1.0, "reference_log_p": math.nan}
-
 
 def unpack_rows(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows in items of a dataset, where an item of packing.PackedRows holds several and any other is a row."""
     return [row for item in items for row in item.get(DOCUMENTS, [item])]
 
 
-def per_token_columns(rows: list[dict[str, Any]]) -> dict[str, list[torch.Tensor]]:
-    """The columns of PER_TOKEN that any row has, as a float32 tensor for each row."""
-    columns = {}
-    for name, missing in PER_TOKEN.items():
-        if any(row.get(name) is not None for row in rows):
-            values = [[missing] * len(row["input_ids"]) if row.get(name) is None else row[name] for row in rows]
-            columns[name] = [torch.as_tensor(value, dtype=torch.float32) for value in values]
-    return columns
-
-
 class PaddingCollator(DataCollatorForSeq2Seq):
     """Pads rows on the right to the longest of the batch, rounded up to a multiple of 8 tokens.
 
-    A batch holds input_ids, attention_mask, labels (-100 on padding) and, if any row has them, the columns of
-    PER_TOKEN (float32; what is said there where a row has none); each [B, T]. If rows have a channel (int), the batch
-    holds it as [B].
+    A batch holds input_ids, attention_mask, labels (-100 on padding) and, if any row has them, loss_weights (float32,
+    1 where a row has none); each [B, T]. If rows have a channel (int), the batch holds it as [B].
     """
 
     def __init__(self, tokenizer):
@@ -51,24 +36,26 @@ class PaddingCollator(DataCollatorForSeq2Seq):
 
     def __call__(self, features: list[dict[str, Any]], return_tensors: str | None = None) -> dict[str, torch.Tensor]:
         features = unpack_rows(features)
-        # transformers' collator pads the columns that it knows
-        rows = [{key: value for key, value in row.items() if key not in PER_TOKEN} for row in features]
+        # transformers' collator pads the columns that it knows; loss_weights is not one
+        loss_weights = [row.get("loss_weights") for row in features]
+        rows = [{key: value for key, value in row.items() if key != "loss_weights"} for row in features]
         batch = super().__call__(rows, return_tensors)
-        for name, columns in per_token_columns(features).items():
-            padded = torch.full(batch["labels"].shape, PER_TOKEN[name], dtype=torch.float32)
-            for i, column in enumerate(columns):
-                padded[i, : len(column)] = column
-            batch[name] = padded
+        if any(weights is not None for weights in loss_weights):
+            padded = torch.ones(batch["labels"].shape, dtype=torch.float32)
+            for i, weights in enumerate(loss_weights):
+                if weights is not None:
+                    padded[i, : len(weights)] = torch.as_tensor(weights)
+            batch["loss_weights"] = padded
         return batch
 
 
 class FlatteningCollator:
     """Lays rows one after the other in a single row, without padding.
 
-    A batch holds input_ids, labels, position_ids and, if any row has them, the columns of PER_TOKEN (float32; what is
-    said there where a row has none); each [1, S]. For attention it holds cu_seq_lens_q and cu_seq_lens_k (int32
-    [D + 1]), max_length_q and max_length_k (ints), and use_cache (False, because with a cache transformers doesn't
-    look for document boundaries). If rows have a channel (int), the batch holds it as [D].
+    A batch holds input_ids, labels, position_ids and, if any row has them, loss_weights (float32, 1 where a row has
+    none); each [1, S]. For attention it holds cu_seq_lens_q and cu_seq_lens_k (int32 [D + 1]), max_length_q and
+    max_length_k (ints), and use_cache (False, because with a cache transformers doesn't look for document boundaries).
+    If rows have a channel (int), the batch holds it as [D].
     """
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
@@ -85,8 +72,12 @@ class FlatteningCollator:
             **boundaries,
             "use_cache": False,
         }
-        for name, columns in per_token_columns(rows).items():
-            batch[name] = torch.cat(columns)[None]
+        if any(row.get("loss_weights") is not None for row in rows):
+            loss_weights = [
+                torch.ones(length) if row.get("loss_weights") is None else torch.as_tensor(row["loss_weights"])
+                for row, length in zip(rows, lengths, strict=True)
+            ]
+            batch["loss_weights"] = torch.cat([weights.float() for weights in loss_weights])[None]
         if "channel" in rows[0]:
             batch["channel"] = torch.tensor([row["channel"] for row in rows])
         return batch

@@ -161,7 +161,7 @@ def _number(what: str, value: object, parameter: Parameter) -> float:
         limit = (
             f"from {parameter.least:g} to {parameter.most:g}"
             if parameter.most < inf
-            else f"{parameter.least:g} or more"
+            else f"a finite number, {parameter.least:g} or more"
         )
         raise UserError(f"{what} is {value}; it must be {limit}")
     if parameter.is_whole and number != int(number):

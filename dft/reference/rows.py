@@ -4,11 +4,14 @@ Shapes: T tokens of a row, N supervised tokens of all rows.
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset, IterableDataset
 
+from dft.batching.collators import unpack_rows
 from dft.batching.packing import PackedRows
 from dft.constants import IGNORE_INDEX
 
@@ -63,6 +66,36 @@ def is_supervised(labels: Any) -> np.ndarray:
     supervised = np.asarray(labels) != IGNORE_INDEX
     supervised[:1] = False
     return supervised
+
+
+class CollatorWithColumn:
+    """A collator of rows that may have the column, which puts it beside the labels: float32, of their shape.
+
+    Args:
+        collator: of any kind that keeps the order of the supervised tokens: with padding on either side, or without.
+    """
+
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]):
+        self.collator = collator
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        rows = unpack_rows(features)
+        with_column = [row for row in rows if row.get(COLUMN) is not None]
+        if not with_column:
+            return self.collator(features)
+        if len(with_column) < len(rows):
+            raise ValueError(f"{len(rows) - len(with_column)} of {len(rows)} rows lack the column {COLUMN}")
+        batch = self.collator([_without_column(row) for row in rows])
+        values = [np.asarray(row[COLUMN], dtype=np.float32)[is_supervised(row["labels"])] for row in rows]
+        column = torch.zeros(batch["labels"].shape)
+        column[batch["labels"] != IGNORE_INDEX] = torch.from_numpy(np.concatenate(values))
+        return {**batch, COLUMN: column}
+
+
+def _without_column(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose first token, which nothing predicts, isn't supervised, so that the others are as many as values."""
+    labels = np.where(is_supervised(row["labels"]), row["labels"], IGNORE_INDEX).tolist()
+    return {name: value for name, value in row.items() if name != COLUMN} | {"labels": labels}
 
 
 def with_reference(dataset: Any) -> Any:

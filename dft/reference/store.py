@@ -8,6 +8,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,7 @@ def load(directories: Iterable[Path], name: str) -> Values | None:
         try:
             with np.load(path, allow_pickle=False) as file:
                 return file["values"], file["counts"]
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             continue
         except Exception as error:  # zipfile, zlib and numpy each have their own for a file that was cut
             logger.warning("%s can't be read (%s): what it held is computed again", path, error)
@@ -77,5 +78,6 @@ def save(directories: Iterable[Path], name: str, values: Values) -> None:
                 np.savez(file, values=values[0], counts=values[1])
             os.replace(unfinished, directory / name)
         except OSError as error:
-            unfinished.unlink(missing_ok=True)
+            with suppress(OSError):
+                unfinished.unlink()
             logger.warning("Log-probabilities by the starting weights are not kept in %s: %s", directory, error)

@@ -11,7 +11,7 @@ from dft.errors import UserError
 from dft.loss.scorer import Scorer
 from dft.loss.token_weight import TokenWeight
 from dft.reference.column import ReferenceColumn
-from dft.reference.rows import rows_to_fill, with_reference
+from dft.reference.rows import CollatorWithColumn, rows_to_fill, with_reference
 
 
 class ReferenceTrainer(Trainer):
@@ -35,6 +35,7 @@ class ReferenceTrainer(Trainer):
         """
         self.train_dataset = with_reference(self.train_dataset)
         self.eval_dataset = with_reference(self.eval_dataset)
+        self.data_collator = CollatorWithColumn(self.data_collator)
         is_16_bit = self.args.bf16 or self.args.fp16 or self.model.dtype in (torch.float16, torch.bfloat16)
         self._reference = ReferenceColumn(self.args.output_dir, cache_dir, is_16_bit)
         self.add_callback(_ScoreAtStart(self))
@@ -50,7 +51,7 @@ class ReferenceTrainer(Trainer):
             if missing and self._is_sharded():
                 raise self._reference.gone(missing)
             if missing:
-                self.score_by_starting_weights(self.model.to(self.args.device))
+                self._score(self.model.to(self.args.device), self._sets())
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):
@@ -62,20 +63,20 @@ class ReferenceTrainer(Trainer):
         if self._reference is not None and eval_dataset is None and not self.is_in_train:
             if self._is_sharded() and rows_to_fill(self.eval_dataset):
                 raise UserError("sharded weights can't score rows outside a training: evaluate on one process")
-            self.score_by_starting_weights(self.model.to(self.args.device))
+            self._score(self.model.to(self.args.device), {"evaluation rows": self.eval_dataset})
         return super().evaluate(eval_dataset, *args, **kwargs)
 
-    def score_by_starting_weights(self, model: nn.Module) -> None:
-        """Fills in the column where it is missing, by the weights as they are. All ranks must call it together.
+    def score_by_starting_weights(self) -> None:
+        """Fills in the column where it is missing, by the weights as they are. All ranks must call it together."""
+        self._score(self.model_wrapped, self._sets())
 
-        Args:
-            model: wrapped or not.
-        """
+    def _score(self, model: nn.Module, sets: dict[str, Any]) -> None:
+        """Fills in the column of these sets where it is missing; the model may be wrapped."""
         was_training = model.training
         model.eval()
         try:
             score = partial(self._log_p, model)
-            self._reference.compute(self._sets(), self.model, score, self.args.per_device_train_batch_size)
+            self._reference.compute(sets, self.model, score, self.args.per_device_train_batch_size)
         finally:
             model.train(was_training)
 
@@ -103,4 +104,4 @@ class _ScoreAtStart(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Does nothing in a training that is resumed, whose rows have been filled in before."""
-        self._trainer.score_by_starting_weights(self._trainer.model_wrapped)
+        self._trainer.score_by_starting_weights()

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import TrainerState, TrainingArguments
 
+from dft.config.loss import LossConfig
 from dft.data.names import file_labels
 from dft.tracking.curves import final_weights_are_best, series
 
@@ -18,6 +19,7 @@ EVALUATION_LIMIT = (
     "purpose, nor about safety, bias or facts; none of that was measured."
 )
 MARK = "<!-- Written by train_dft.py; it replaces this file as long as this line is in it. -->"
+NOT_SHOWN = ("use_simple_dft", "reference_cache_dir")  # of the loss: said by dft_alpha; of one machine
 HYPERPARAMETERS = (
     "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay",
     "max_grad_norm", "optim", "per_device_train_batch_size", "max_tokens_per_batch", "gradient_accumulation_steps",
@@ -43,16 +45,15 @@ def write_card(about: dict[str, Any], report: dict[str, Any], args: TrainingArgu
 def model_card(about: dict[str, Any], report: dict[str, Any], args: TrainingArguments, state: TrainerState) -> str:
     """Makes a model card in the format of the Hugging Face Hub; the arguments are those of write_card."""
     base, name = _name(about["model"]["model_name_or_path"]), Path(args.output_dir).resolve().name
-    alpha = _alpha(about["dft"])
+    loss = LossConfig(**about["dft"])
     best_step = state.best_global_step if final_weights_are_best(args, state) else None
-    loss = "plain cross-entropy (SFT)" if alpha == 0 else "the DFT loss (Dynamic Fine-Tuning, arXiv 2508.05629)"
     return f"""\
-{_front_matter(base, alpha)}
+{_front_matter(base, loss)}
 {MARK}
 
 # {name}
 
-`{base}`, fine-tuned with {loss}.{_formula(alpha)}
+`{base}`, fine-tuned with {_objective(loss)}
 
 ## Data
 
@@ -73,7 +74,7 @@ Cross-entropy in nats per supervised token. {_weights(args, best_step)}
 ## Limits
 
 - {EVALUATION_LIMIT}
-- {_weight_limit(about["dft"])}
+- {_weight_limit(loss)}
 - What the base model and the data are licensed for holds for this model too.
 
 ## Use
@@ -90,7 +91,7 @@ Made with {", ".join(f"{package} {number}" for package, number in about["version
 """
 
 
-def _front_matter(base: str, alpha: float) -> str:
+def _front_matter(base: str, loss: LossConfig) -> str:
     """The metadata that the hub reads. base_model must be a name on the hub, which a directory is not."""
     base_line = f"base_model: {base}\n" if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else ""
     return f"""\
@@ -99,23 +100,25 @@ def _front_matter(base: str, alpha: float) -> str:
 pipeline_tag: text-generation
 tags:
 - dft
-- {"sft" if alpha == 0 else "dynamic-fine-tuning"}
+- {"sft" if loss.alpha == 0 else "dynamic-fine-tuning"}
 ---"""
 
 
-def _formula(alpha: float) -> str:
-    """A sentence about the weight of the DFT loss; none for plain cross-entropy."""
-    if alpha == 0:
-        return ""
+def _objective(loss: LossConfig) -> str:
+    """What a run was trained with, and how its tokens were weighted."""
+    if loss.alpha == 0:
+        return "plain cross-entropy (SFT)."
+    weighted = "The cross-entropy of each assistant token is weighted by"
+    told = f"without gradient; here α = {loss.alpha:g}."
+    if loss.objective == "dft":
+        return (
+            f"the DFT loss (Dynamic Fine-Tuning, arXiv 2508.05629). {weighted} max(floor, α·p^γ + 1 − α), where p is "
+            f"the model's own probability of the token, {told}"
+        )
     return (
-        " The cross-entropy of each assistant token is weighted by max(floor, α·p^γ + 1 − α), where p is the model's "
-        f"own probability of the token, without gradient; here α = {alpha:g}."
+        f"the objective {loss.objective} of the DFT family. {weighted} α·w + 1 − α with w = `{loss.formula}`, where p "
+        f"is the model's own probability of the token, {told}"
     )
-
-
-def _alpha(dft: dict[str, Any]) -> float:
-    """The alpha that a run trained with: 0 if the DFT loss was switched off."""
-    return dft["dft_alpha"] if dft["use_simple_dft"] else 0.0
 
 
 def _name(model: str) -> str:
@@ -160,8 +163,12 @@ def _held_out(about: dict[str, Any]) -> str:
 
 def _settings(about: dict[str, Any], args: TrainingArguments) -> list[tuple[str, str]]:
     """Names and values of the settings that shape a training, without those that have no effect in this one."""
-    dft = {name: value for name, value in about["dft"].items() if name != "use_simple_dft"}
-    dft["dft_alpha"] = _alpha(about["dft"])
+    loss = LossConfig(**about["dft"])
+    dft = {name: value for name, value in about["dft"].items() if name not in NOT_SHOWN}
+    dft["dft_alpha"] = loss.alpha
+    if loss.objective != "dft":
+        del dft["dft_gamma"]
+    dft["objective_args"] = ", ".join(f"{name}={value:g}" for name, value in loss.objective_arguments.items()) or None
     data = {name: about["data"][name] for name in ("max_length", "train_on")}
     values_of = vars(args) | {"world_size": args.world_size}  # a property, not a field
     training = {name: values_of[name] for name in HYPERPARAMETERS}
@@ -203,11 +210,13 @@ def _weights(args: TrainingArguments, best_step: int | None) -> str:
     return f"The weights are those of step {best_step}, the checkpoint with the best {args.metric_for_best_model}."
 
 
-def _weight_limit(dft: dict[str, Any]) -> str:
+def _weight_limit(loss: LossConfig) -> str:
     """A sentence about the limit that the loss sets: the least weight of a token, max(floor, 1 − alpha)."""
-    least = max(dft["dft_floor"], 1 - _alpha(dft))
+    least = max(loss.dft_floor, 1 - loss.alpha)
     if least == 1:
         return "Trained on rows of chats, it may repeat what they say, right or wrong."
+    if loss.objective != "dft":
+        return "Tokens to which the objective gives little weight got little gradient, and may not have been learnt."
     return (
         "DFT sharpens what the base model already finds likely. Tokens that it hardly expects got little gradient "
         f"(down to {least:g} of that of plain cross-entropy), so that knowledge new to it may not have been learnt."

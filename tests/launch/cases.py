@@ -20,6 +20,7 @@ class Case:
         rows: of a micro-batch on each process; where batches are packed, these are packed rows.
         micro_batches: of a step, on each process.
         head: "lora" has an adapter on it, "frozen" is untied and not trained.
+        objective: idft needs entropies, prior log-probabilities by the starting weights.
         is_fused: the loss is computed in the head, not from logits.
         is_static_graph: DDP takes all steps to have the same graph.
         is_normalized_alone: a mutant, which averages the means of the micro-batches.
@@ -31,6 +32,7 @@ class Case:
     micro_batches: int = 1
     head: Head = "tied"
     batching: Batching = "padded"
+    objective: str = "dft"
     is_fused: bool = True
     is_static_graph: bool = False
     is_normalized_alone: bool = False
@@ -52,6 +54,20 @@ CASES: dict[str, Case] = {
     "ddp, padding-free": Case("ddp", rows=2, micro_batches=2, batching="padding_free"),
     "zero2, padding-free": Case("zero2", rows=4, batching="padding_free"),
     "zero3, packed": Case("zero3", rows=2, batching="packed"),
+    **{
+        f"whole batch, {objective}": Case("one process", rows=8, objective=objective)
+        for objective in ("idft", "prior")
+    },
+    "whole batch, prior, from logits": Case("one process", rows=8, objective="prior", is_fused=False),
+    "row by row, prior": Case("one process", rows=1, micro_batches=8, objective="prior"),
+    "ddp, idft": Case("ddp", rows=1, micro_batches=4, objective="idft"),
+    "zero2, idft": Case("zero2", rows=4, batching="padding_free", objective="idft"),
+    "zero3, idft": Case("zero3", rows=2, batching="packed", objective="idft"),
+    "ddp, prior": Case("ddp", rows=2, micro_batches=2, batching="padding_free", objective="prior"),
+    "ddp, lora head, prior": Case("ddp", rows=1, micro_batches=4, head="lora", objective="prior"),
+    "zero2, prior": Case("zero2", rows=1, micro_batches=4, objective="prior"),
+    "zero3, prior": Case("zero3", rows=2, batching="packed", objective="prior"),
+    "zero3, prior, row by row": Case("zero3", rows=1, micro_batches=4, objective="prior"),
     "ddp, static graph": Case("ddp", rows=4, is_static_graph=True),
     "mutant, half a batch": Case("ddp", rows=4, is_normalized_alone=True),
     "mutant, row by row": Case("ddp", rows=1, micro_batches=4, is_normalized_alone=True),

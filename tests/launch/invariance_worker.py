@@ -102,6 +102,8 @@ def make_trainer(case: Case, model: PreTrainedModel, output_dir: Path) -> DFTTra
         model,
         arguments(case, output_dir),
         dft_alpha=0.7,
+        objective=case.objective,
+        reference_cache_dir=str(output_dir / "cache"),
         fused_loss="on" if case.is_fused else "off",
         loss_chunk_mb=CHUNK_MB,
         train_dataset=train_dataset,
@@ -149,7 +151,7 @@ def main() -> None:
             print(f"case: {name}", flush=True)
             AcceleratorState._reset_state()  # the process group stays
             gc.collect()
-            result = one_step(case, args.out / "trainer")
+            result = one_step(case, args.out / "trainer" / name)
             if rank_and_world_size()[0] == 0:
                 torch.save(result, args.out / f"{name}.pt")
 

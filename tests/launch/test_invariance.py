@@ -73,6 +73,32 @@ def test_batches_without_padding_give_the_gradient_of_padded_ones(result_of, nam
     assert_same(result_of(name), result_of("whole batch"))
 
 
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("objective", ["idft", "prior"])
+def test_objectives_have_the_gradient_of_one_process(result_of, objective, engine):
+    """With entropies, and with log-probabilities by the starting weights, which the ranks have shared."""
+    assert_same(result_of(f"{engine}, {objective}"), result_of(f"whole batch, {objective}"))
+
+
+@pytest.mark.parametrize(
+    ("name", "same"),
+    [
+        ("whole batch, prior", "whole batch"),
+        ("whole batch, prior, from logits", "whole batch"),
+        ("row by row, prior", "whole batch"),
+        ("zero3, prior, row by row", "whole batch"),
+        ("ddp, lora head, prior", "whole batch, lora head"),
+    ],
+)
+def test_before_the_first_step_the_starting_weights_are_the_models(result_of, name, same):
+    """So p_ref is p, and prior has the gradient of DFT: each token has got its own log-probability."""
+    assert_same(result_of(name), result_of(same))
+
+
+def test_the_objectives_differ(result_of):
+    assert relative_error(result_of("whole batch, idft")["gradient"], result_of("whole batch")["gradient"]) > 1e-2
+
+
 def test_a_static_graph_of_ddp_gives_the_same_gradient(result_of):
     """There DDP reduces gradients only if the backward pass goes through the model's outputs."""
     assert_same(result_of("ddp, static graph"), result_of("whole batch"))

@@ -356,3 +356,6 @@ def test_words_that_are_ruled_out_add_no_entropy():
     """A model that masks words gives them logits of minus infinity: they add nothing."""
     logits = torch.tensor([[0.0, 0.0, -math.inf], [5.0, -math.inf, -math.inf]])
     assert entropy_of(torch.softmax(logits, dim=-1)).tolist() == pytest.approx([math.log(2), 0.0])
+    for way in (softmax_gradient_, _softmax_gradient_compiled):
+        tokens, _ = way(logits.clone(), torch.tensor([0, 0]), torch.float32, Needs(entropy=True), True)
+        assert tokens.entropy.tolist() == pytest.approx([math.log(2), 0.0])
