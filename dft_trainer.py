@@ -108,6 +108,8 @@ class DFTTrainer(ReferenceTrainer, CheckpointTrainer):
     ):
         loss = override(loss or LossConfig(), kwargs)
         metrics = override(metrics or MetricsConfig(), kwargs)
+        if token_weight is not None and loss.objective != "dft":
+            raise ValueError(f"give either token_weight or objective {loss.objective!r}, not both")
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("DFTTrainer computes the loss itself: drop compute_loss_func")
         super().__init__(model, args, **kwargs)

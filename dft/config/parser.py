@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from dft.config.options import did_you_mean
 from dft.errors import UserError
 
 COMMON_TRAINING_FLAGS = set(
@@ -39,7 +40,15 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaints are UserErrors."""
+    """An ArgumentParser whose complaints are UserErrors, and suggest the nearest choice."""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            told = (
+                f"invalid choice: {str(value)!r}{did_you_mean(str(value), choices)} (choose from {', '.join(choices)})"
+            )
+            raise argparse.ArgumentError(action, told)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}\nsee python train_dft.py --help")

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from dft.errors import UserError
 from dft.reference.rows import ReferenceRows, rows_to_fill
 from dft.reference.scoring import Score, plan_scoring, row_lengths, score_batch, score_rows
-from dft.reference.store import CACHE_DIRECTORY, RUN_DIRECTORY, Values, file_name, load, save
+from dft.reference.store import CACHE_DIRECTORY, RUN_DIRECTORY, Values, file_name, load, remove, save
 
 logger = logging.getLogger(__name__)
 
@@ -48,48 +48,67 @@ class ReferenceColumn:
         for what, rows in _unfilled(sets).items():
             lengths = row_lengths(rows.rows)
             batches = plan_scoring(lengths, rows_at_once * int(lengths.max(initial=0)))
-            name, values = self._found(rows, model)
+            name, values = self._found(rows, model, self._directories)
             if values is not None and batches and not self._agrees(rows, values, batches[0], score):
                 logger.warning("%s: the log-probabilities in %s are of other weights; computed again", what, name)
                 values = None
+                self._forget(name)
             if values is None:
                 logger.info("%s: log-probabilities by the starting weights, %d tokens", what, int(lengths.sum()))
                 values = score_rows(rows.rows, batches, score)
-                if _rank() == 0:
-                    save(self._directories, name, values)
             else:
                 logger.info("%s: log-probabilities by the starting weights from %s", what, name)
+            self._keep(name, values)
             rows.fill(*values)
 
-    def find(self, sets: dict[str, Any], model: PreTrainedModel) -> list[str]:
-        """Fills in the column from files, for a training that is resumed; what was not found.
+    def find(self, sets: dict[str, Any], model: PreTrainedModel, checkpoint: Path) -> None:
+        """Fills in the column from files, for a training that is resumed. All ranks must call it together.
 
-        All ranks must call it together.
+        Args:
+            checkpoint: whose run has kept them beside it, perhaps in another output directory.
         """
-        missing = []
-        for what, rows in _unfilled(sets).items():
-            name, values = self._found(rows, model)
-            if values is None:
-                missing.append(f"{what} ({name})")
-            else:
+        for rows in _unfilled(sets).values():
+            name, values = self._found(rows, model, self._searched(checkpoint))
+            if values is not None:
+                self._keep(name, values)
                 rows.fill(*values)
-        return missing
 
-    def gone(self, missing: list[str]) -> UserError:
-        """The error where the starting weights can't be asked any more."""
-        return UserError(
-            f"log-probabilities by the starting weights are neither in {self._directories[0]} nor in "
-            f"{self._directories[1]}: {', '.join(missing)}. The weights that are resumed can't give them. Bring the "
-            "files back, or begin a new run with --model_name_or_path CHECKPOINT"
-        )
+    def _searched(self, checkpoint: Path) -> tuple[Path, ...]:
+        return tuple(dict.fromkeys((checkpoint.parent / RUN_DIRECTORY, *self._directories)))
 
-    def _found(self, rows: ReferenceRows, model: PreTrainedModel) -> tuple[str, Values | None]:
+    def check_found(self, sets: dict[str, Any], checkpoint: Path) -> None:
+        """For a training that is resumed, whose starting weights can't be asked any more.
+
+        Raises:
+            UserError: rows lack the column.
+        """
+        if missing := _unfilled(sets):
+            searched = ", ".join(map(str, self._searched(checkpoint)))
+            raise UserError(
+                f"log-probabilities by the starting weights are missing: those of the {' and the '.join(missing)} are "
+                f"in none of {searched}. The weights that are resumed can't give them. Bring the files back, or begin "
+                "a new run with --model_name_or_path CHECKPOINT"
+            )
+
+    def _found(
+        self, rows: ReferenceRows, model: PreTrainedModel, directories: tuple[Path, ...]
+    ) -> tuple[str, Values | None]:
         """The name of the file for these rows, and its values, which the first process reads for all."""
         found: tuple[str, Values | None] = ("", None)
         if _rank() == 0:
             name = file_name(rows.rows, model)
-            found = name, load(self._directories, name)
+            found = name, load(directories, name)
         return _from_first(found)
+
+    def _keep(self, name: str, values: Values) -> None:
+        """Writes the file where it isn't yet."""
+        if _rank() == 0:
+            save((directory for directory in self._directories if not (directory / name).exists()), name, values)
+
+    def _forget(self, name: str) -> None:
+        """Removes the files of other weights."""
+        if _rank() == 0:
+            remove(self._directories, name)
 
     def _agrees(self, rows: ReferenceRows, values: Values, batch: list[int], score: Score) -> bool:
         """Whether the values are those that the model gives for one batch."""

@@ -65,7 +65,15 @@ def load(directories: Iterable[Path], name: str) -> Values | None:
             continue
         except Exception as error:  # zipfile, zlib and numpy each have their own for a file that was cut
             logger.warning("%s can't be read (%s): what it held is computed again", path, error)
+            remove([path.parent], name)
     return None
+
+
+def remove(directories: Iterable[Path], name: str) -> None:
+    """Removes the files of this name, as far as that is allowed."""
+    for directory in directories:
+        with suppress(OSError):
+            (directory / name).unlink()
 
 
 def save(directories: Iterable[Path], name: str, values: Values) -> None:

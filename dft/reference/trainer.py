@@ -1,11 +1,13 @@
 """A Trainer whose rows get log-probabilities by the weights that its training begins with."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 from dft.errors import UserError
 from dft.loss.scorer import Scorer
@@ -46,11 +48,14 @@ class ReferenceTrainer(Trainer):
         Raises:
             UserError: it is not there, and the starting weights neither.
         """
-        if self._reference is not None and resume_from_checkpoint:
-            missing = self._reference.find(self._sets(), self.model)
-            if missing and self._is_sharded():
-                raise self._reference.gone(missing)
-            if missing:
+        checkpoint = resume_from_checkpoint or None
+        if checkpoint is True:
+            checkpoint = get_last_checkpoint(self.args.output_dir)
+        if self._reference is not None and checkpoint:
+            self._reference.find(self._sets(), self.model, Path(checkpoint))
+            if self._is_sharded():
+                self._reference.check_found(self._sets(), Path(checkpoint))
+            else:
                 self._score(self.model.to(self.args.device), self._sets())
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -76,7 +81,7 @@ class ReferenceTrainer(Trainer):
         model.eval()
         try:
             score = partial(self._log_p, model)
-            self._reference.compute(sets, self.model, score, self.args.per_device_train_batch_size)
+            self._reference.compute(sets, self.model, score, self._train_batch_size)
         finally:
             model.train(was_training)
 

@@ -57,7 +57,7 @@ def test_flags_and_yaml_say_the_same(line, tmp_path):
 
 
 REFUSED = [
-    (["--objective", "eatf"], "eatf"),
+    (["--objective", "eatf"], "invalid choice: 'eatf'; did you mean eaft? (choose from dft, sft, "),
     (
         ["--objective", "eaft", "--objective_args", "exponents=2"],
         "eaft has no parameter exponents; did you mean exponent?",

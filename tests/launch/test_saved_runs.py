@@ -16,6 +16,7 @@ from tests.helpers import read_log
 pytestmark = pytest.mark.launch
 
 ZERO3 = {"LAUNCHER": "deepspeed", "NPROC": "2"}
+WEIGHTED = "The cross-entropy of each assistant token is weighted by α·w + 1 − α with w ="
 TIMING = ("tokens_per_second", "supervised_tokens_per_second", "memory_gib")
 
 
@@ -110,8 +111,11 @@ def whole_and_resumed(train_in, tmp_path_factory) -> tuple[Path, Path]:
     flags = ("--max_steps", 4, "--save_steps", 3, "--learning_rate", 1e-2, "--gradient_accumulation_steps", 2)
     flags += ("--dft_alpha_warmup_ratio", 1.0, "--loss_normalization", "turn", "--dft_special_tokens", "ce")
     flags += ("--batching", "packed", "--max_length", 512, "--per_device_train_batch_size", 1)
-    train_in(whole, *flags, **ZERO3)
-    train_in(resumed, *flags, "--resume_from_checkpoint", whole / "out" / "checkpoint-3", **ZERO3)
+    flags += ("--objective", "anchored", "--objective_args", "strength=0.5", "--reference_cache_dir")
+    train_in(whole, *flags, whole / "cache", **ZERO3)
+    checkpoint = ("--resume_from_checkpoint", whole / "out" / "checkpoint-3")
+    # what the starting weights said is beside the checkpoint
+    train_in(resumed, *flags, resumed / "cache", *checkpoint, **ZERO3)
     return whole / "out", resumed / "out"
 
 
@@ -128,6 +132,19 @@ def test_resumed_equals_uninterrupted_bit_for_bit(whole_and_resumed):
 
     assert last_records(resumed) == last_records(whole)
     assert [record["train/dft_alpha"] for record in last_records(whole)] == [0.75]
+
+
+def test_an_anchored_run_says_what_it_is_and_keeps_what_it_is_held_by(whole_and_resumed):
+    whole, resumed = whole_and_resumed
+    formula = "p + strength * (min(p_ref / p, max_ratio) - 1) (strength 0.5, max_ratio 10)"
+    log = (whole / "train_distributed.log").read_text()
+    assert f"Loss: objective anchored, weight {formula}, alpha 1" in log
+    assert log.count("log-probabilities by the starting weights, ") == 2  # of the training and the evaluation rows
+    assert "log-probabilities by the starting weights, " not in (resumed / "train_distributed.log").read_text()
+    kept = [whole / "reference", whole.parent / "cache", resumed / "reference", resumed.parent / "cache"]
+    assert [len(list(directory.iterdir())) for directory in kept] == [2, 2, 2, 2]
+    assert f"the objective anchored of the DFT family. {WEIGHTED} `{formula}`" in (whole / "README.md").read_text()
+    assert all("ratio_clipped" in r for r in read_log(whole) if "ce_loss" in r)
 
 
 def test_last_is_the_newest_checkpoint_of_the_output_directory(whole_and_resumed):
