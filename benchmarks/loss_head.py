@@ -4,7 +4,6 @@
     python benchmarks/loss_head.py                  # writes benchmarks/results/loss_head_cpu.md, .json and .png
     python benchmarks/loss_head.py --quick          # one small case, under 2 minutes on 2 cores, writes nothing
     python benchmarks/loss_head.py --device cuda    # 16 bits, large vocabularies; Liger too
-    python benchmarks/loss_head.py --objectives     # what each objective costs over DFT; writes loss_head_objectives_…
 
 Every measurement is a process of its own (loss_head_ops.py), the ways take turns, and the median of the rounds
 counts. The last line is JSON: "time_vs_X" and "memory_vs_X" are our share of what X takes, so below 1 we are better.
@@ -18,7 +17,6 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from benchmarks.measuring import MAX_OTHERS, RESULTS, facts, keep, markdown_table, run_measured, surroundings
-from dft.config.objectives import OBJECTIVES
 
 OPS = Path(__file__).parent / "loss_head_ops.py"
 PACKAGES = ("torch", "transformers", "trl", "cut-cross-entropy", "liger-kernel", "triton")
@@ -37,7 +35,6 @@ NAMES = {
     "fused_48": "ours, 48 MB",
     "fused_256": "ours, 256 MB",
     "fused_1024": "ours, 1024 MB",
-    **{f"objective_{name}": f"ours, objective {name}" for name in OBJECTIVES},
 }
 
 
@@ -62,8 +59,6 @@ CUDA_CASES = (Case(8192, 151936, 4096, 1.0, 1.0), Case(8192, 151936, 4096, 0.25)
 CPU_WAYS = ("gemms", "original", "original_rows", "compiled", "trl", "torch_auto", "torch_2048", "cut")
 CPU_WAYS += ("fused_16", "fused_48", "fused_256")
 CUDA_WAYS = (*CPU_WAYS[:-3], "liger", "fused_48", "fused_256", "fused_1024")
-OBJECTIVE_WAYS = ("gemms", *(f"objective_{name}" for name in OBJECTIVES))
-OBJECTIVE_CASES = {"cpu": (LONG, LONG._replace(hidden=1024, tokens=1024)), "cuda": CUDA_CASES}
 Found = dict[tuple[Case, str], dict[str, float]]
 
 
@@ -110,7 +105,7 @@ def ratios(found: Found, cases: tuple[Case, ...], ways: tuple[str, ...], ours_is
         )
         ours = found[case, ours_is]
         for way in ways:
-            if (case, way) in found and not way.startswith("fused") and way != ours_is:
+            if (case, way) in found and not way.startswith("fused"):
                 other = found[case, way]
                 result[f"{name}_time_vs_{way}"] = round(ours["seconds"] / other["seconds"], 3)
                 if other["memory"] > 0:
@@ -178,7 +173,6 @@ def draw(found: Found, case: Case, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one small case, one round, no results written")
-    parser.add_argument("--objectives", action="store_true", help="the objectives of the DFT family, in two cases")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=3, help="processes for each measurement")
     parser.add_argument("--times", type=int, default=3, help="passes in each process")
@@ -188,10 +182,6 @@ def main() -> None:
     if args.quick:
         args.rounds, args.patience = 1, 2
         cases, ways = (BASE,), ("gemms", "original", "trl", "torch_2048", OURS[args.device])
-    ours = OURS[args.device]
-    if args.objectives:
-        cases, ways, ours = OBJECTIVE_CASES[args.device], OBJECTIVE_WAYS, "objective_dft"
-        cases = tuple(case._replace(alpha=1.0) for case in cases[: 1 if args.quick else None])
     found = measure(cases, ways, args)
     about = surroundings(PACKAGES)
     if args.device == "cuda":
@@ -199,18 +189,13 @@ def main() -> None:
 
         about["cpu"] = f"{about['cpu']}, {torch.cuda.get_device_name()}"
     text = describe(found, cases, about, args)
-    numbers = ratios(found, cases, ways, ours)
-    if args.objectives:  # of an objective over DFT
-        numbers = {name.replace("_vs_objective_", "_of_"): round(1 / ratio, 3) for name, ratio in numbers.items()}
+    numbers = ratios(found, cases, ways, OURS[args.device])
     print(text)
     if not args.quick:
         rows = [case._asdict() | {"way": way} | result for (case, way), result in found.items()]
         RESULTS.mkdir(exist_ok=True)
         name = f"loss_head_{args.device}"
-        if args.objectives:
-            name = f"loss_head_objectives_{args.device}"
-        else:
-            draw(found, LONG if args.device == "cpu" else cases[0], RESULTS / f"{name}.png")
+        draw(found, LONG if args.device == "cpu" else cases[0], RESULTS / f"{name}.png")
         keep(name, text, about | {"ratios": numbers, "found": rows})
     print(json.dumps(numbers))
 

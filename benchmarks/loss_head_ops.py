@@ -19,11 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dft.config.loss import CHUNK_MB, LossConfig
-from dft.config.objectives import OBJECTIVES
-from dft.loss.from_logits import TokenData
 from dft.loss.fused import fused_dft_loss_sum
-from dft.loss.objectives import make_objective
 from dft.loss.token_weight import TokenWeight
 
 Way = Callable[[Tensor, Tensor, Tensor, float], Tensor]
@@ -125,20 +121,6 @@ def fused(chunk_mb: float) -> Way:
     return way
 
 
-def objective(name: str) -> Way:
-    """This project's, with an objective of the DFT family, in the chunks that are its default on CPUs."""
-
-    def way(hidden: Tensor, weight: Tensor, labels: Tensor, alpha: float) -> Tensor:
-        config = LossConfig(objective=name)
-        weights = TokenWeight(alpha, objective=make_objective(config))
-        count = int((labels[1:] != -100).sum())
-        data = TokenData(reference_log_p=torch.full((count,), -1.0, device=hidden.device))
-        chunk_mb = CHUNK_MB[hidden.device.type]
-        return fused_dft_loss_sum(hidden[None], weight, labels[None], weights, data, chunk_mb=chunk_mb)[0] / count
-
-    return way
-
-
 WAYS: dict[str, Way] = {
     "original": original,
     "original_rows": original_rows,
@@ -149,7 +131,6 @@ WAYS: dict[str, Way] = {
     "cut": cut,
     "liger": liger,
     **{f"fused_{size}": fused(size) for size in (16, 48, 256, 1024)},
-    **{f"objective_{name}": objective(name) for name in OBJECTIVES},
 }
 
 
