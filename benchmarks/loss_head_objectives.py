@@ -1,6 +1,6 @@
 """What each objective costs over DFT in the fused head: time and memory of the loss with its gradients.
 
-    python benchmarks/loss_head_objectives.py            # writes benchmarks/results/loss_head_objectives_cpu.md and .json
+    python benchmarks/loss_head_objectives.py            # writes results/loss_head_objectives_cpu.md and .json
     python benchmarks/loss_head_objectives.py --quick    # one small case, a few rounds, writes nothing
     python benchmarks/loss_head_objectives.py --device cuda
 
@@ -28,17 +28,11 @@ from dft.loss.objectives import make_objective
 from dft.loss.token_weight import TokenWeight
 
 CASES = {
-    "cpu": (Case(2048, 32000, 256, 1.0, 1.0), Case(512, 32000, 1024, 1.0, 1.0), Case(256, 151936, 1024, 1.0, 1.0)),
+    "cpu": (Case(2048, 32000, 256, 1.0, 1.0), Case(512, 32000, 1024, 1.0, 1.0), Case(64, 151936, 1024, 1.0, 1.0)),
     "cuda": (Case(8192, 151936, 4096, 1.0, 1.0), Case(8192, 128256, 2048, 1.0, 1.0)),
 }
-NEEDS = {
-    "eaft": "top 20",
-    "deft": "Σp²",
-    "idft": "entropy",
-    "prior": "p_ref",
-    "anchored": "p_ref",
-    "importance": "p_ref",
-}
+OF_REFERENCE = [name for name, about in OBJECTIVES.items() if about.needs_reference]
+NEEDS = {"eaft": "top 20", "deft": "Σp²", "idft": "entropy"} | dict.fromkeys(OF_REFERENCE, "p_ref")
 
 
 class Problem:
@@ -100,9 +94,9 @@ def describe(found: dict[Case, dict[str, dict[str, float]]], about: dict[str, An
     parts.append(
         f"""\
 - Forward and backward in the fused head, in the chunks that are its default; one thread on a processor.
-- × DFT: the median of {rounds} rounds' ratios to DFT in the same round. sft, threshold, chord and talr do the same work
-  as dft, so what they differ by is the noise of the measurement.
-- Memory: the most above the inputs, which holds the gradients. p_ref is a number for each token that is there before."""
+- × DFT: the median of {rounds} rounds' ratios to DFT in the same round. sft, threshold, chord and talr do the same
+  work as dft, so what they differ by is the noise of the measurement.
+- Memory: the most above the inputs, which holds the gradients. p_ref is a number for each token that is given."""
     )
     return "\n\n".join(parts)
 
@@ -111,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one small case, a few rounds, no results written")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
     torch.set_num_threads(1)
     cases, rounds = CASES[args.device], args.rounds
