@@ -41,13 +41,9 @@ fi
 source "$VENV/bin/activate"
 
 # Without a GPU, DeepSpeed builds an operator for communication between processes at its first use. It is built here, so
-# that no run has to wait for it. A lock older than 10 minutes was left behind by a build that was killed.
+# that no run has to wait for it.
 if [[ -z "$(find "$TORCH_EXTENSIONS_DIR" -name 'deepspeed_shm_comm*.so' 2> /dev/null)" ]] &&
     python -c 'import sys, torch; sys.exit(torch.cuda.is_available())'; then
-    echo "Building DeepSpeed's operator for CPUs (about a minute, once)"
-    find "$TORCH_EXTENSIONS_DIR" -name lock -mmin +10 -delete 2> /dev/null || true
-    DS_ACCELERATOR=cpu python -c '
-from deepspeed.accelerator import get_accelerator
-get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)' > /dev/null ||
+    DS_ACCELERATOR=cpu python -m dft.operators --cpu ||
         fail "the operator could not be built: see the compiler's messages above"
 fi

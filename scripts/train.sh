@@ -104,6 +104,15 @@ command+=("$@")
 
 { printf 'Command:'; printf ' %q' "${command[@]}"; printf '\nLog file: %s\n' "$LOG_FILE"; } | tee "$LOG_FILE"
 
+# What DeepSpeed would build in the middle of the run, with one process building and the others waiting
+if [[ -n "$DS_CONFIG" ]]; then
+    for (( i = 1; i < $#; i++ )); do
+        if [[ "${!i}" == --deepspeed ]]; then next=$(( i + 1 )) && DS_CONFIG="${!next}"; fi
+    done
+    python -m dft.operators "$DS_CONFIG" ${DS_ACCELERATOR:+--cpu} 2>&1 | tee -a "$LOG_FILE" ||
+        fail "an operator of DeepSpeed could not be built: see the compiler's messages above"
+fi
+
 # The run gets its own process group, so that all ranks can be ended when this script is.
 end_run() {
     kill -TERM -- "-$run" 2> /dev/null || true

@@ -22,6 +22,7 @@ class Case:
         head: "lora" has an adapter on it, "frozen" is untied and not trained.
         objective: idft needs entropies, prior log-probabilities by the starting weights.
         is_fused: the loss is computed in the head, not from logits.
+        is_offloaded: weights (of ZeRO-3) and optimizer are kept in the memory of the processor.
         is_static_graph: DDP takes all steps to have the same graph.
         is_normalized_alone: a mutant, which averages the means of the micro-batches.
         is_evaluated_first: Trainer.evaluate is called before Trainer.train.
@@ -34,6 +35,7 @@ class Case:
     batching: Batching = "padded"
     objective: str = "dft"
     is_fused: bool = True
+    is_offloaded: bool = False
     is_static_graph: bool = False
     is_normalized_alone: bool = False
     is_evaluated_first: bool = False
@@ -68,6 +70,8 @@ CASES: dict[str, Case] = {
     "zero2, prior": Case("zero2", rows=1, micro_batches=4, objective="prior"),
     "zero3, prior": Case("zero3", rows=2, batching="packed", objective="prior"),
     "zero3, prior, row by row": Case("zero3", rows=1, micro_batches=4, objective="prior"),
+    "zero2, offloaded": Case("zero2", rows=1, micro_batches=4, is_offloaded=True),
+    "zero3, offloaded": Case("zero3", rows=1, micro_batches=4, is_offloaded=True),
     "ddp, static graph": Case("ddp", rows=4, is_static_graph=True),
     "mutant, half a batch": Case("ddp", rows=4, is_normalized_alone=True),
     "mutant, row by row": Case("ddp", rows=1, micro_batches=4, is_normalized_alone=True),

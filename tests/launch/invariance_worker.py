@@ -10,6 +10,7 @@ With plain SGD the change of the weights is the gradient. For every case rank 0 
 import argparse
 import copy
 import gc
+import json
 from pathlib import Path
 from typing import Any, get_args
 
@@ -66,6 +67,17 @@ def model_with(head: Head) -> PreTrainedModel:
     return model
 
 
+def deepspeed_config(case: Case) -> str | dict[str, Any] | None:
+    """The project's configuration; for offloading, with the optimizer of these tests instead of DeepSpeed's Adam."""
+    path = DS_CONFIGS.get(case.engine)
+    if path is None or not case.is_offloaded:
+        return path
+    config = json.loads(Path(path).read_text(encoding="utf-8"))
+    places = ("offload_optimizer", "offload_param") if case.engine == "zero3" else ("offload_optimizer",)
+    config["zero_optimization"] |= {place: {"device": "cpu"} for place in places}
+    return config | {"zero_force_ds_cpu_optimizer": False}
+
+
 def arguments(case: Case, output_dir: Path) -> DFTTrainingArguments:
     return DFTTrainingArguments(
         output_dir=str(output_dir),
@@ -77,7 +89,7 @@ def arguments(case: Case, output_dir: Path) -> DFTTrainingArguments:
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
         optim="sgd",
-        deepspeed=DS_CONFIGS.get(case.engine),
+        deepspeed=deepspeed_config(case),
         ddp_static_graph=case.is_static_graph,
         logging_steps=1,
         eval_on_start=True,

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -121,6 +122,18 @@ def test_background_returns_at_once(train, tmp_path):
     assert not (tmp_path / "out" / "model.safetensors").exists()  # the run goes on without the script
     assert f"tail -f {log}" in result.stdout
     wait_until(lambda: log.exists() and "Done: 2 steps" in log.read_text())
+
+
+def test_the_lock_of_a_killed_build_stops_no_run(train, tmp_path):
+    """DeepSpeed would wait for it to go away."""
+    extensions = tmp_path / "extensions"
+    operator = "deepspeed_shm_comm"
+    shutil.copytree(Path(os.environ["TORCH_EXTENSIONS_DIR"]) / operator, extensions / operator)
+    lock = extensions / operator / "lock"
+    lock.touch()
+    result = train("--eval_strategy", "no", LAUNCHER="deepspeed", NPROC="1", TORCH_EXTENSIONS_DIR=extensions)
+    assert f"Removed {lock}, which a build that was killed had left behind" in result.stdout
+    assert "Done: 2 steps" in result.stdout
 
 
 def command_lines() -> list[str]:
