@@ -6,12 +6,14 @@ import subprocess
 import sys
 
 from benchmarks.gpu.part import Part, Skipped, run
-from benchmarks.measuring import ROOT
+from benchmarks.measuring import ROOT, installed
 
 TESTS = "tests/cuda"
 OUTCOME = re.compile(r"^(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")
+OF_WORKER = re.compile(r"^\[gw\d+\] \[ *\d+%\] (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS) (\S+::.*?)\s*$")
 REASON = re.compile(r"^SKIPPED \[\d+\] \S+ (.*)$")
 COUNTED = {"PASSED": "passed", "XFAIL": "passed", "SKIPPED": "skipped"}  # everything else counts as failed
+AT_ONCE = 4  # tests that start programs
 NO_TESTS = 5  # the exit status of pytest that found none
 
 
@@ -26,6 +28,7 @@ class Counts:
 
     def read(self, line: str) -> None:
         """Counts the test of a line of pytest's output, if there is one."""
+        line = OF_WORKER.sub(r"\2 \1", line)
         if found := OUTCOME.match(line):
             name, outcome = found.groups()
             self.outcomes[COUNTED.get(outcome, "failed")] += 1
@@ -38,8 +41,13 @@ class Counts:
 
 
 def run_tests(marks: str, counts: Counts) -> int:
-    """Runs the tests with these marks, and returns the exit status of pytest."""
+    """Runs the tests with these marks, and returns the exit status of pytest.
+
+    Those that start programs run side by side if pytest-xdist is there: they wait for imports most of the time.
+    """
     command = [sys.executable, "-m", "pytest", "-v", "-rs", "-p", "no:randomly", "-p", "no:cacheprovider"]
+    if "not launch" not in marks and installed("pytest-xdist"):
+        command += ["-n", str(AT_ONCE)]
     process = subprocess.Popen(
         [*command, "-m", marks, TESTS],
         cwd=ROOT,

@@ -8,10 +8,14 @@ WORKER = "benchmarks.gpu.step_way"
 WAYS = {
     "ours_packed": "ours, packed",
     "trl_packed": "TRL, packed (bfd)",
+    "ours_packed-liger": "ours, packed, Liger's layers",
+    "trl_packed-liger": "TRL, packed (bfd), Liger's layers",
     "ours_padding_free": "ours, padding-free",
     "trl_padding_free": "TRL, padding-free",
     "ours_packed-compiled": "ours, packed, torch.compile",
+    "trl_packed-compiled": "TRL, packed (bfd), torch.compile",
 }
+OPTIONS = ("liger", "compiled")
 SIZES = ("0.6b", "1.7b")
 ITEM_SECONDS = 100.0  # importing and compiling included
 
@@ -23,7 +27,7 @@ def items(sizes: tuple[str, ...]) -> list[str]:
 
 
 def compared(found: dict[str, Any], size: str) -> dict[str, Any]:
-    """What one size says: the best of ours, without torch.compile, beside TRL's best; and what torch.compile gains."""
+    """What one size says: the best of ours beside TRL's best with the same options, and what the options gain."""
     speed = {way: numbers(found.get(f"{size}/{way}")).get("tokens_per_second") for way in WAYS}
     ours = [way for way in ("ours_packed", "ours_padding_free") if speed[way]]
     theirs = [way for way in ("trl_packed", "trl_padding_free") if speed[way]]
@@ -35,8 +39,12 @@ def compared(found: dict[str, Any], size: str) -> dict[str, Any]:
         result["vs_trl"] = speed[best] / max(speed[way] for way in theirs)
     else:
         result["vs_trl"] = reason_of(found.get(f"{size}/trl_packed"))
-    if speed["ours_packed"] and speed["ours_packed-compiled"]:
-        result["compiled_vs_not"] = speed["ours_packed-compiled"] / speed["ours_packed"]
+    for option in OPTIONS:
+        mine, other = f"ours_packed-{option}", f"trl_packed-{option}"
+        if speed["ours_packed"] and speed[mine]:
+            result[f"{option}_vs_not"] = speed[mine] / speed["ours_packed"]
+        if speed[mine] and speed[other]:
+            result[f"{option}_vs_trl"] = speed[mine] / speed[other]
     return result
 
 

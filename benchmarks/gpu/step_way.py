@@ -33,7 +33,7 @@ SHAPES = {
     },
 }  # fmt: skip
 Rows = list[dict[str, list[int]]]
-NUM_COSTS = 5  # of a step are listed
+NUM_COSTS = 20  # of a step are listed
 BYTES_PER_TOKEN = 4  # of text, about
 ADDED_TOKENS = 5  # by a chat template to every message
 
@@ -46,7 +46,7 @@ class Sizes:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.max_length = 1024 if is_tiny else 8192  # of a row, and of a packed row
         self.packed_rows = 1 if is_tiny else 2  # in a step
-        self.warm, self.steps = (1, 4) if is_tiny else (4, 20)
+        self.warm, self.steps = (1, 4) if is_tiny else (4, 14)
 
     def rows_per_step(self, rows: Rows) -> int:
         """How many single rows hold as many tokens as the packed ones."""
@@ -102,7 +102,7 @@ class ProfiledStep(TrainerCallback):
             spent[event.key] = event.self_device_time_total if self._is_cuda else event.self_cpu_time_total
         total = sum(spent.values()) or 1.0
         largest = sorted(spent, key=lambda name: -spent[name])[:NUM_COSTS]
-        self.costs = [{"name": n[:90], "ms": spent[n] / 1e3, "share": spent[n] / total} for n in largest]
+        self.costs = [{"name": n[:250], "ms": spent[n] / 1e3, "share": spent[n] / total} for n in largest]
 
 
 def make_model(size: str, sizes: Sizes) -> torch.nn.Module:
@@ -118,11 +118,12 @@ def make_model(size: str, sizes: Sizes) -> torch.nn.Module:
         return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
 
 
-def settings_of(batching: str, sizes: Sizes, rows: Rows) -> dict[str, Any]:
-    """The training arguments that all ways share."""
+def settings_of(batching: str, option: str, sizes: Sizes, rows: Rows) -> dict[str, Any]:
+    """The training arguments that all ways share, and those of an option: liger, compiled, or none."""
     batch_size = sizes.packed_rows if batching == "packed" else sizes.rows_per_step(rows)
     told = argparse.Namespace(rows=batch_size, rows_per_step=batch_size, device=sizes.device)
-    return arguments_of(told) | {"max_steps": sizes.steps, "learning_rate": 1e-5}
+    options = {"torch_compile": option == "compiled", "use_liger_kernel": option == "liger"}
+    return arguments_of(told) | {"max_steps": sizes.steps, "learning_rate": 1e-5} | options
 
 
 def ours(model: torch.nn.Module, batching: str, option: str, sizes: Sizes, rows: Rows) -> Trainer:
@@ -130,7 +131,7 @@ def ours(model: torch.nn.Module, batching: str, option: str, sizes: Sizes, rows:
     from dft.config.training import DFTTrainingArguments
     from dft_trainer import DFTTrainer
 
-    settings = settings_of(batching, sizes, rows) | {"torch_compile": option == "compiled"}
+    settings = settings_of(batching, option, sizes, rows)
     lengths = np.array([len(row["input_ids"]) for row in rows])
     plan = BatchPlan(batching, sizes.max_length, None, settings["per_device_train_batch_size"], 1, seed=0)
     return DFTTrainer(
@@ -148,7 +149,7 @@ def trl(model: torch.nn.Module, batching: str, option: str, sizes: Sizes, rows: 
         raise Skipped("trl is not installed")
     from trl import SFTConfig, SFTTrainer
 
-    settings = settings_of(batching, sizes, rows) | {"loss_type": "dft"}
+    settings = settings_of(batching, option, sizes, rows) | {"loss_type": "dft"}
     if batching == "packed":
         settings |= {"packing": True, "packing_strategy": "bfd", "max_length": sizes.max_length}
     else:
@@ -207,8 +208,10 @@ class Worker:
         size, _, way = item.partition("/")
         project, _, name = way.partition("_")
         batching, _, option = name.partition("-")
-        if option == "compiled" and self.sizes.device == "cpu":
+        if option and self.sizes.device == "cpu":
             raise Skipped("no CUDA")
+        if option == "liger" and not installed("liger-kernel"):
+            raise Skipped("liger-kernel is not installed")
         sizes = self.sizes
         num_tokens = int(1.1 * sizes.steps * sizes.packed_rows * sizes.max_length)
         rows = chat_rows(num_tokens, SHAPES[size]["vocab_size"], sizes.max_length)

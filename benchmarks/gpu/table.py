@@ -9,6 +9,7 @@ from benchmarks.gpu import loss_head, step
 from benchmarks.gpu.part import numbers, reason_of, write_json
 from benchmarks.measuring import markdown_table
 
+NUM_COSTS = 5  # of a step are shown
 CUT = "failed: it was cut at its time limit or killed; what it had measured until then stays"
 
 
@@ -98,7 +99,7 @@ def step_tables(result: dict[str, Any]) -> str:
         size, _, way = item.partition("/")
         lines.append((f"{size}, {step.WAYS[way]}", *cells(value, formats)))
         if listed := numbers(value).get("costs"):
-            told = "; ".join(f"`{c['name']}` {c['ms']:.1f} ms ({c['share']:.0%})" for c in listed)
+            told = "; ".join(f"`{c['name'][:120]}` {c['ms']:.1f} ms ({c['share']:.0%})" for c in listed[:NUM_COSTS])
             costs.append(f"- {size}, {step.WAYS[way]}: {told}")
     return "\n\n".join([markdown_table(lines), "The largest costs of one step:", "\n".join(costs)])
 

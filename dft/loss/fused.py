@@ -8,9 +8,8 @@ in it. The factor c * w of a row is applied to its hidden state, which is much s
 Shapes: B batch, T tokens, V vocabulary, H hidden size, N supervised tokens, C tokens of one chunk.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -20,18 +19,11 @@ from torch.utils.checkpoint import checkpoint
 
 from dft.config.loss import CHUNK_MB
 from dft.loss.from_logits import NO_DATA, TokenData, supervised_rows, weigh
-from dft.loss.statistics import (
-    Needs,
-    TokenStatistics,
-    concentration_of,
-    entropy_of,
-    token_statistics,
-    top_entropy_of,
-)
+from dft.loss.softmax import softmax_gradient_
+from dft.loss.statistics import Needs, TokenStatistics, token_statistics
 from dft.loss.token_weight import TokenWeight
 
-ROWS_IN_CACHE = 16  # of logits, which a processor reads again before it forgets them
-LEAST_LOGIT = -200.0  # below the greatest one: its exponential is 0 in float32
+CHUNKS_OF_GROUP = 6  # whose gradients in 16 bits are held for one product; they take half the room of logits
 
 
 @dataclass(frozen=True)
@@ -164,37 +156,55 @@ class _Computation:
 
 @dataclass
 class _Results:
-    """Filled chunk by chunk; all are float32 but is_top1. Gradients that are not needed are None."""
+    """Filled chunk by chunk; all are float32 but is_top1. Gradients that are not needed are None.
+
+    The gradient of the head is the sum of grad_logits.T @ (factor * h) over groups of chunks. If there is but one
+    group, this product waits for the backward pass, which knows the gradient of the loss and the type that is wanted:
+    then nothing of the head's size is written twice.
+    """
 
     loss: Tensor  # scalar
     nll: Tensor  # [N]
     is_top1: Tensor  # [N], bool
     weight: Tensor  # [N]
+    factor: Tensor  # c * w, [N]
     entropy: Tensor | None  # [N]
     grad_hidden: Tensor | None  # [N, H]
-    grad_weight: Tensor | None  # [V, H]
     grad_bias: Tensor | None  # [V]
+    grad_weight: Tensor | None = None  # [V, H]
+    waiting: tuple[Tensor, Tensor] | None = None  # grad_logits [N, V] and hidden states [N, H], of the only group
 
-    def keep(self, chunk: slice, tokens: TokenStatistics) -> None:
-        """Keeps the statistics of one chunk."""
+    def keep(self, chunk: slice, tokens: TokenStatistics, factor: Tensor) -> None:
+        """Keeps the statistics of one chunk, and adds its loss."""
         self.nll[chunk], self.is_top1[chunk], self.weight[chunk] = tokens.nll, tokens.is_top1, tokens.weight
+        self.factor[chunk] = factor
         if self.entropy is not None:
             self.entropy[chunk] = tokens.entropy
+        self.loss += (factor * tokens.nll).sum()
 
-    def add_gradients(self, chunk: slice, h: Tensor, grad_logits: Tensor, factor: Tensor, head_weight: Tensor) -> None:
-        """Adds the gradients of one chunk.
+    def add_grad_weight(self, group: slice, h: Tensor, grad_logits: Tensor) -> None:
+        """Adds the gradient of the head of one group of G rows, or keeps what it is made of.
 
         Args:
-            h: hidden states [C, H].
-            grad_logits: of nll with respect to the head's logits, [C, V].
-            factor: c * w of each row, [C].
+            h: hidden states [G, H].
+            grad_logits: of nll with respect to the head's logits, [G, V].
         """
-        if self.grad_hidden is not None:
-            torch.mul(_product(grad_logits, head_weight), factor[:, None], out=self.grad_hidden[chunk])
-        if self.grad_weight is not None:
-            _add_product(self.grad_weight, grad_logits.t(), (h * factor[:, None]).to(h.dtype))
-        if self.grad_bias is not None:
-            self.grad_bias += factor @ grad_logits.float()
+        if self.grad_weight is None:
+            self.waiting = (grad_logits, h)
+        else:
+            h = (h * self.factor[group, None]).to(h.dtype)
+            _add_product(self.grad_weight, grad_logits.t(), h)
+
+    def scaled_grad_weight(self, grad_loss: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """The gradient of the head, [V, H], times that of the loss."""
+        if self.waiting is None:
+            return _scaled(self.grad_weight, grad_loss, dtype)
+        grad_logits, h = self.waiting
+        factor = self.factor[:, None]
+        if h.dtype == torch.float16:  # whose range is too small for both factors at once
+            return _scaled(_product(grad_logits.t(), (h * factor).to(h.dtype)), grad_loss, dtype)
+        h = (h * (factor * grad_loss)).to(h.dtype)
+        return torch.mm(grad_logits.t(), h) if dtype == h.dtype else _product(grad_logits.t(), h).to(dtype)
 
 
 class _FusedHead(torch.autograd.Function):
@@ -204,7 +214,7 @@ class _FusedHead(torch.autograd.Function):
     def forward(ctx: Any, rows, head_weight, bias, targets, how):
         """Loss (scalar), nll, is_top1, entropy and weight [N], see `_fused`; its gradients wait in ctx."""
         results = _fused(rows, head_weight, bias, targets, how, differentiated=ctx.needs_input_grad[:3])
-        ctx.gradients = (results.grad_hidden, results.grad_weight, results.grad_bias)
+        ctx.results = replace(results, loss=results.loss.detach())  # the loss itself will refer to ctx
         ctx.types = (rows.dtype, head_weight.dtype, None if bias is None else bias.dtype)
         outputs = (results.nll, results.is_top1, results.entropy, results.weight)
         ctx.mark_non_differentiable(*(output for output in outputs if output is not None))
@@ -214,14 +224,20 @@ class _FusedHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor):
         """The gradients, times that of the loss; once."""
-        if ctx.gradients is None:
+        if ctx.results is None:
             raise RuntimeError("the fused loss keeps its gradients for one backward pass: compute the loss again")
-        gradients, ctx.gradients = ctx.gradients, None
-        scaled = (
-            None if gradient is None else gradient.mul_(grad_loss).to(dtype)
-            for gradient, dtype in zip(gradients, ctx.types, strict=True)
-        )
-        return *scaled, None, None
+        results, ctx.results = ctx.results, None
+        of_rows, of_weight, of_bias = ctx.types
+        grad_hidden = _scaled(results.grad_hidden, grad_loss, of_rows)
+        grad_weight = results.scaled_grad_weight(grad_loss, of_weight)
+        return grad_hidden, grad_weight, _scaled(results.grad_bias, grad_loss, of_bias), None, None
+
+
+def _scaled(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype | None) -> Tensor | None:
+    """gradient * factor in `dtype`, in one pass; a gradient of that type is overwritten."""
+    if gradient is None or gradient.dtype == dtype:
+        return None if gradient is None else gradient.mul_(factor)
+    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
 
 
 def _fused(
@@ -237,33 +253,51 @@ def _fused(
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else head_weight.dtype
     if device.type == "cpu":
         dtype = torch.float32  # processors gain nothing from 16 bits, and lose digits
+    in_place = dtype == torch.float32  # the gradients of a chunk take the place of its logits
+    rows_of_group = how.rows_at_once * (CHUNKS_OF_GROUP if differentiated[1] and not in_place else 1)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        results = _empty_results(rows, head_weight, bias, how.needs.entropy, differentiated)
+        results = _empty_results(rows, bias, how.needs.entropy, differentiated)
+        if differentiated[1] and not 0 < len(rows) <= rows_of_group:
+            results.grad_weight = torch.zeros_like(head_weight, dtype=torch.float32)
         head_weight = head_weight.to(dtype)
-        buffer = torch.empty(how.rows_at_once, len(head_weight), dtype=torch.float32, device=device)
-        for start in range(0, len(rows), how.rows_at_once):
-            chunk = slice(start, start + how.rows_at_once)
-            h, y = rows[chunk].to(dtype), targets[chunk]  # [C, H], [C]
-            z = _product(h, head_weight.t(), out=buffer[: len(h)])  # [C, V]
-            if bias is not None:
-                z += bias
-            slope: Tensor | float = 1.0
-            if not how.transform.is_identity:
-                z.copy_(how.transform(z))
-                slope = how.transform.slope(z)
-            tokens, grad_logits = softmax_gradient_(z, y, dtype, how.needs, any(differentiated))
-            factor = weigh(tokens, how.token_weight, how.data[chunk])  # [C]
-            results.keep(chunk, tokens)
-            results.loss += (factor * tokens.nll).sum()
-            if grad_logits is not None:
+        logits = torch.empty(how.rows_at_once, len(head_weight), dtype=torch.float32, device=device)
+        gradients = logits
+        if not in_place and any(differentiated):
+            gradients = logits.new_empty(min(rows_of_group, len(rows)), len(head_weight), dtype=dtype)
+        for group in _slices(0, len(rows), rows_of_group):
+            h = rows[group].to(dtype)  # [G, H]
+            for chunk in _slices(group.start, group.stop, how.rows_at_once):
+                place = slice(chunk.start - group.start, chunk.stop - group.start)  # in the group
+                z = _product(h[place], head_weight.t(), out=logits[: chunk.stop - chunk.start])  # [C, V]
+                if bias is not None:
+                    z += bias
+                slope: Tensor | float = 1.0
                 if not how.transform.is_identity:
+                    z.copy_(how.transform(z))
+                    slope = how.transform.slope(z)
+                grad_logits = None if not any(differentiated) else z if in_place else gradients[place]  # [C, V]
+                tokens = softmax_gradient_(z, targets[chunk], grad_logits, how.needs)
+                results.keep(chunk, tokens, weigh(tokens, how.token_weight, how.data[chunk]))
+                if grad_logits is not None and not how.transform.is_identity:
                     grad_logits *= slope
-                results.add_gradients(chunk, h, grad_logits, factor, head_weight)
+                if grad_logits is not None and results.grad_bias is not None:
+                    results.grad_bias += results.factor[chunk] @ grad_logits.float()
+            grad_logits = gradients[: len(h)]
+            if differentiated[0]:
+                factor = results.factor[group, None]
+                torch.mul(_product(grad_logits, head_weight), factor, out=results.grad_hidden[group])
+            if differentiated[1]:
+                results.add_grad_weight(group, h, grad_logits)
     return results
 
 
+def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
+    """The range from start to stop in slices of at most `size`."""
+    return (slice(first, min(first + size, stop)) for first in range(start, stop, size))
+
+
 def _empty_results(
-    rows: Tensor, head_weight: Tensor, bias: Tensor | None, with_entropy: bool, differentiated: tuple[bool, bool, bool]
+    rows: Tensor, bias: Tensor | None, with_entropy: bool, differentiated: tuple[bool, bool, bool]
 ) -> _Results:
     of_tokens = {"size": (len(rows),), "device": rows.device}
     return _Results(
@@ -271,108 +305,20 @@ def _empty_results(
         nll=torch.empty(**of_tokens, dtype=torch.float32),
         is_top1=torch.empty(**of_tokens, dtype=torch.bool),
         weight=torch.empty(**of_tokens, dtype=torch.float32),
+        factor=torch.empty(**of_tokens, dtype=torch.float32),
         entropy=torch.empty(**of_tokens, dtype=torch.float32) if with_entropy else None,
         grad_hidden=torch.empty_like(rows, dtype=torch.float32) if differentiated[0] else None,
-        grad_weight=torch.zeros_like(head_weight, dtype=torch.float32) if differentiated[1] else None,
         grad_bias=torch.zeros_like(bias, dtype=torch.float32) if differentiated[2] else None,
     )
-
-
-def softmax_gradient_(
-    z: Tensor, targets: Tensor, dtype: torch.dtype, needs: Needs, wants_gradient: bool = True
-) -> tuple[TokenStatistics, Tensor | None]:
-    """Statistics of logits z [C, V], which it overwrites, and softmax(z) - onehot(targets) in `dtype`."""
-    if z.is_cuda and find_spec("triton"):  # which torch.compile needs for a GPU
-        return _softmax_gradient_compiled(z, targets, dtype, needs, wants_gradient)
-    if not wants_gradient:
-        return token_statistics(z, targets, needs), None
-    tokens = _softmax_gradient_in_place(z, targets, needs)
-    return tokens, z.to(dtype)
-
-
-def _softmax_gradient_in_place(z: Tensor, targets: Tensor, needs: Needs) -> TokenStatistics:
-    """Two passes over the logits: one for the greatest, one for the softmax, whose kernel keeps a row in the cache.
-
-    What the distribution is asked for is read from rows that are in the cache still.
-    """
-    index = targets[:, None]
-    of_target = z.gather(-1, index).squeeze(-1)
-    top_entropy = top_entropy_of(z, needs.top_k) if needs.top_k else None
-    top, place = z.max(dim=-1)
-    entropy = torch.empty_like(top) if needs.entropy else None
-    concentration = torch.empty_like(top) if needs.concentration else None
-    few_rows = ROWS_IN_CACHE if needs.entropy or needs.concentration else max(len(z), 1)
-    for start in range(0, len(z), few_rows):
-        few = slice(start, start + few_rows)
-        if entropy is None:
-            torch.softmax(z[few], dim=-1, out=z[few])
-        else:
-            entropy[few] = _softmax_with_entropy_(z[few], top[few])
-        if concentration is not None:
-            concentration[few] = concentration_of(z[few])
-    # the softmax of the greatest logit is 1 / sum(exp(z - top)); that of the target's may underflow
-    nll = top - of_target - torch.log(z.gather(-1, place[:, None]).squeeze(-1))
-    z.scatter_add_(-1, index, torch.full_like(index, -1, dtype=z.dtype))
-    return TokenStatistics(targets, nll, torch.exp(-nll), of_target >= top, entropy, concentration, top_entropy)
-
-
-def _softmax_with_entropy_(z: Tensor, top: Tensor) -> Tensor:
-    """The entropy [C] of logits z [C, V], which become their softmax, without a logarithm of each probability.
-
-    With the greatest logit, top [C], taken off: entropy = log sum(exp(z)) - sum(softmax(z) * z).
-    """
-    z.sub_(top[:, None]).clamp_(min=LEAST_LOGIT)  # -inf times a probability of 0 would be NaN
-    probabilities = torch.softmax(z, dim=-1)
-    entropy = -torch.log(probabilities.amax(-1)) - torch.linalg.vecdot(probabilities, z)
-    z.copy_(probabilities)
-    return entropy.clamp_(min=0.0)  # of which rounding may leave less
-
-
-def _softmax_gradient_compiled(
-    z: Tensor, targets: Tensor, dtype: torch.dtype, needs: Needs, wants_gradient: bool
-) -> tuple[TokenStatistics, Tensor | None]:
-    """The same without overwriting, as a few kernels."""
-    top_entropy = top_entropy_of(z, needs.top_k) if needs.top_k else None
-    wanted = (wants_gradient, needs.entropy, needs.concentration)
-    nll, is_top1, gradient, entropy, concentration = _compiled()(z, targets, dtype, *wanted)
-    return TokenStatistics(targets, nll, torch.exp(-nll), is_top1, entropy, concentration, top_entropy), gradient
-
-
-def _softmax_gradient(
-    z: Tensor,
-    targets: Tensor,
-    dtype: torch.dtype,
-    wants_gradient: bool,
-    needs_entropy: bool,
-    needs_concentration: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """What is compiled: nll and is_top1 [C], the gradient [C, V], entropy and concentration [C]."""
-    of_target = z.gather(-1, targets[:, None])
-    log_sum = torch.logsumexp(z, dim=-1, keepdim=True)
-    nll, is_top1 = (log_sum - of_target).squeeze(-1), (of_target >= z.amax(-1, keepdim=True)).squeeze(-1)
-    probabilities = torch.exp(z - log_sum)
-    entropy = entropy_of(probabilities) if needs_entropy else None
-    concentration = probabilities.square().sum(-1) if needs_concentration else None
-    if not wants_gradient:
-        return nll, is_top1, None, entropy, concentration
-    is_target = torch.arange(z.shape[-1], device=z.device) == targets[:, None]
-    return nll, is_top1, (probabilities - is_target.to(z.dtype)).to(dtype), entropy, concentration
-
-
-@lru_cache
-def _compiled() -> Any:
-    return torch.compile(_softmax_gradient, dynamic=True)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a @ b in float32, whatever the inputs are."""
     if a.dtype == torch.float32:
         return torch.mm(a, b, out=out)
-    return (
-        torch.mm(a, b, out_dtype=torch.float32, out=out)
-        if out is not None
-        else torch.mm(a, b, out_dtype=torch.float32)
-    )
+    if out is None:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -43,6 +43,7 @@ PRECISIONS = {
     "float32": Precision(torch.float32, torch.float32),
     "bfloat16": Precision(torch.bfloat16, torch.bfloat16),
     "bfloat16 by autocast": Precision(torch.float32, torch.bfloat16),
+    "float16 by autocast": Precision(torch.float32, torch.float16),
 }
 
 

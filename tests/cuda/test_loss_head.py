@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dft.loss import fused
+from dft.loss import fused, softmax
 from dft.loss.fused import chunked_dft_loss_sum, fused_dft_loss_sum
 from dft.loss.head import LossHead
 from dft.loss.statistics import Needs
@@ -130,19 +130,20 @@ def test_the_fused_head_equals_float64(problem, name, kind, is_chunked):
             check_gradients(found.gradients, gradients, 3 * rounding)
 
 
-@pytest.mark.parametrize("name", ["float32", "bfloat16"])
-def test_the_compiled_pass_equals_float64(problem, monkeypatch, name):
-    """It is the one that a GPU uses; on a processor it is compiled for the test."""
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_the_kernel_equals_float64(problem, monkeypatch, name):
+    """It is the one that a GPU uses; on a processor it is interpreted."""
+    kernel = pytest.importorskip("dft.loss.softmax_kernel", reason="triton is not installed")
     calls = []
-    compiled = fused._compiled()
 
     def counted(*args):
         calls.append(args)
-        return compiled(*args)
+        return by_kernel(*args)
 
-    monkeypatch.setattr(fused, "_compiled", lambda: counted)
+    by_kernel = kernel.softmax_gradient
+    monkeypatch.setattr(kernel, "softmax_gradient", counted)
     if problem.head.device.type == "cpu":
-        monkeypatch.setattr(fused, "softmax_gradient_", fused._softmax_gradient_compiled)
+        monkeypatch.setattr(fused, "softmax_gradient_", softmax._by_kernel)
     found = found_by_head(problem, "untied", PRECISIONS[name], is_chunked=True)
     assert len(calls) == -(-len(found.p_correct) // 7)
     expected, gradients = expected_of_head(problem, "untied")

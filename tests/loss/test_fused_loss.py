@@ -9,13 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dft.loss import fused as fused_loss
 from dft.loss.from_logits import TokenData, count_terms, dft_loss_sum, loss_weight_of_tokens, supervised_rows
-from dft.loss.fused import (
-    LogitTransform,
-    _softmax_gradient_compiled,
-    chunked_dft_loss_sum,
-    fused_dft_loss_sum,
-    softmax_gradient_,
-)
+from dft.loss.fused import LogitTransform, chunked_dft_loss_sum, fused_dft_loss_sum
 from dft.loss.objectives import Dft
 from dft.loss.statistics import Needs, entropy_of
 from dft.loss.token_weight import TokenWeight
@@ -174,36 +168,6 @@ def test_the_reference_rejects_mutants(mutant, name, monkeypatch):
         check(fused, CASES[name])
 
 
-def test_passes_of_every_kind_give_the_softmax_gradient():
-    """The compiled one is for GPUs, and is compiled for the processor here."""
-    needs = Needs(entropy=True, concentration=True, top_k=5)
-    z = 5 * torch.randn(4, 1000, generator=torch.Generator().manual_seed(0))
-    z[1, 3] = 200.0  # all others underflow
-    targets = torch.tensor([0, 4, 999, 5])
-    expected = torch.softmax(z.double(), -1) - torch.nn.functional.one_hot(targets, 1000)
-    nll = -torch.log_softmax(z.double(), -1).gather(1, targets[:, None]).squeeze(1)
-    results = {
-        "in place": softmax_gradient_(z.clone(), targets, torch.float32, needs),
-        "compiled": _softmax_gradient_compiled(z, targets, torch.float32, needs, True),
-        "16 bits": _softmax_gradient_compiled(z, targets, torch.bfloat16, needs, True),
-        "no gradient": softmax_gradient_(z.clone(), targets, torch.float32, needs, False),
-    }
-    p = torch.softmax(z.double(), -1)
-    top5 = torch.softmax(z.double().topk(5).values, -1)
-    for name, (tokens, gradient) in results.items():
-        torch.testing.assert_close(tokens.nll.double(), nll, rtol=1e-5, atol=1e-5, msg=name)
-        torch.testing.assert_close(tokens.entropy.double(), entropies(z.double()), rtol=1e-5, atol=1e-5, msg=name)
-        torch.testing.assert_close(tokens.concentration.double(), (p * p).sum(-1), rtol=1e-5, atol=0, msg=name)
-        torch.testing.assert_close(tokens.top_entropy.double(), entropies(top5.log()), rtol=1e-5, atol=1e-6, msg=name)
-        assert tokens.is_top1.tolist() == (z.argmax(-1) == targets).tolist()
-        if name == "no gradient":
-            assert gradient is None
-        else:
-            rounding = 2**-7 if name == "16 bits" else 1e-5
-            torch.testing.assert_close(gradient.double(), expected, rtol=rounding, atol=1e-5, msg=name)
-            assert relative_error(gradient.double(), expected.roll(1, dims=-1)) > 1e-1
-
-
 class LargestTensor(TorchDispatchMode):
     """The most elements of any tensor that is made, those of the shapes in `known` not counted."""
 
@@ -356,6 +320,3 @@ def test_words_that_are_ruled_out_add_no_entropy():
     """A model that masks words gives them logits of minus infinity: they add nothing."""
     logits = torch.tensor([[0.0, 0.0, -math.inf], [5.0, -math.inf, -math.inf]])
     assert entropy_of(torch.softmax(logits, dim=-1)).tolist() == pytest.approx([math.log(2), 0.0])
-    for way in (softmax_gradient_, _softmax_gradient_compiled):
-        tokens, _ = way(logits.clone(), torch.tensor([0, 0]), torch.float32, Needs(entropy=True), True)
-        assert tokens.entropy.tolist() == pytest.approx([math.log(2), 0.0])
