@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from benchmarks.gpu.part import Part, numbers, reason_of, results_of, run
+from benchmarks.gpu.part import NO_CUDA, Part, has_cuda, numbers, reason_of, results_of, run
 
 WORKER = "benchmarks.gpu.step_way"
 WAYS = {
@@ -17,6 +17,7 @@ WAYS = {
 }
 OPTIONS = ("liger", "compiled")
 SIZES = ("0.6b", "1.7b")
+HEADLINE = ("tokens_per_second", "mfu", "vs_trl", "liger_vs_not", "liger_vs_trl")
 ITEM_SECONDS = 100.0  # importing and compiling included
 
 
@@ -24,6 +25,17 @@ def items(sizes: tuple[str, ...]) -> list[str]:
     """All measurements, the most telling ones first; compiling takes long."""
     found = [f"{size}/{way}" for size in sizes for way in WAYS]
     return sorted(found, key=lambda item: item.endswith("-compiled"))
+
+
+def processes(items: list[str]) -> list[list[str]]:
+    """The same in groups that share a worker process; one with an option doesn't: Liger changes a model's code."""
+    groups: list[list[str]] = []
+    for item in items:
+        if groups and "-" not in item + groups[-1][-1]:
+            groups[-1].append(item)
+        else:
+            groups.append([item])
+    return groups
 
 
 def compared(found: dict[str, Any], size: str) -> dict[str, Any]:
@@ -51,11 +63,15 @@ def compared(found: dict[str, Any], size: str) -> dict[str, Any]:
 def measure(part: Part) -> None:
     sizes = ("tiny",) if part.tiny else SIZES
     item_seconds = part.seconds if part.tiny else ITEM_SECONDS
-    for item, result in results_of(part, WORKER, items(sizes), item_seconds):
-        part.add(item, result)
-        part.result["sizes"] = {size: compared(part.measurements, size) for size in sizes}
-        told = part.result["sizes"][sizes[0]]
-        part.headline(**{name: told[name] for name in ("tokens_per_second", "mfu", "vs_trl") if name in told})
+    for process in processes(items(sizes)):
+        if "-" in process[0] and not has_cuda():
+            part.add(process[0], NO_CUDA)
+            continue
+        for item, result in results_of(part, WORKER, process, item_seconds):
+            part.add(item, result)
+            part.result["sizes"] = {size: compared(part.measurements, size) for size in sizes}
+            told = part.result["sizes"][sizes[0]]
+            part.headline(**{name: told[name] for name in HEADLINE if name in told})
     for item, result in part.measurements.items():
         if "/ours" in item and reason_of(result).startswith("failed"):
             raise RuntimeError(f"{item}: {result}")

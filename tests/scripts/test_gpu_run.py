@@ -286,6 +286,14 @@ def test_compiled_steps_come_last():
     assert [item.endswith("-compiled") for item in step.items(("a", "b"))] == [False] * 12 + [True] * 4
 
 
+def test_a_process_is_not_shared_with_ways_that_change_the_code():
+    found = step.processes(step.items(("a", "b")))
+    assert [item for process in found for item in process] == step.items(("a", "b"))
+    assert max(map(len, found)) > 1
+    for process in found:
+        assert len(process) == 1 or not any("-" in item for item in process)
+
+
 def test_ratios_of_the_step():
     found = {
         "0.6b/ours_packed": {"tokens_per_second": 120.0, "mfu": 0.5},
