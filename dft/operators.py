@@ -1,7 +1,7 @@
 """DeepSpeed's operators: built before a run starts its processes, so that none waits for another's build.
 
     python -m dft.operators ds_config/zero3_offload.json    # what this configuration needs
-    python -m dft.operators --cpu                           # what every run without a GPU needs
+    DS_ACCELERATOR=cpu python -m dft.operators              # what every run without a GPU needs
 
 A build that was killed leaves a file `lock` in the operator's directory, for which the next one would wait for ever.
 Those that no process holds are removed.
@@ -95,12 +95,12 @@ def build(name: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", type=Path, help="a configuration of DeepSpeed")
-    parser.add_argument("--cpu", action="store_true", help="there is no GPU")
     args = parser.parse_args()
     directory = Path(os.environ["TORCH_EXTENSIONS_DIR"])
     for lock in remove_stale_locks(directory):
         print(f"Removed {lock}, which a build that was killed had left behind")
-    for name in needed_operators(read_config(args.config), args.cpu):
+    is_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
+    for name in needed_operators(read_config(args.config), is_cpu):
         if not list((directory / name).glob("*.so")):
             print(f"Building DeepSpeed's operator {name} (a minute or two, once)", flush=True)
             build(name)

@@ -44,6 +44,6 @@ source "$VENV/bin/activate"
 # that no run has to wait for it.
 if [[ -z "$(find "$TORCH_EXTENSIONS_DIR" -name 'deepspeed_shm_comm*.so' 2> /dev/null)" ]] &&
     python -c 'import sys, torch; sys.exit(torch.cuda.is_available())'; then
-    DS_ACCELERATOR=cpu python -m dft.operators --cpu ||
+    DS_ACCELERATOR=cpu python -m dft.operators ||
         fail "the operator could not be built: see the compiler's messages above"
 fi

@@ -109,7 +109,7 @@ if [[ -n "$DS_CONFIG" ]]; then
     for (( i = 1; i < $#; i++ )); do
         if [[ "${!i}" == --deepspeed ]]; then next=$(( i + 1 )) && DS_CONFIG="${!next}"; fi
     done
-    python -m dft.operators "$DS_CONFIG" ${DS_ACCELERATOR:+--cpu} 2>&1 | tee -a "$LOG_FILE" ||
+    python -m dft.operators "$DS_CONFIG" 2>&1 | tee -a "$LOG_FILE" ||
         fail "an operator of DeepSpeed could not be built: see the compiler's messages above"
 fi
 

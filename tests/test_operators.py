@@ -35,6 +35,21 @@ def test_the_projects_own_configurations():
     assert needed == {"zero2": [], "zero3": [], "zero3_offload": ["cpu_adam"]}
 
 
+@pytest.mark.parametrize(("accelerator", "expected"), [("cpu", ["deepspeed_shm_comm"]), ("cuda", []), (None, [])])
+def test_a_run_on_gpus_builds_nothing_for_processors(monkeypatch, tmp_path, accelerator, expected):
+    """DS_ACCELERATOR says where a run is; scripts set it for GPUs too."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr("sys.argv", ["operators", str(ROOT / "ds_config" / "zero3.json")])
+    if accelerator is None:
+        monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    else:
+        monkeypatch.setenv("DS_ACCELERATOR", accelerator)
+    built: list[str] = []
+    monkeypatch.setattr(operators, "build", built.append)
+    operators.main()
+    assert built == expected
+
+
 @pytest.mark.parametrize("text", ["[]", "{", None])
 def test_what_is_no_configuration_is_left_to_the_program(tmp_path, text):
     path = tmp_path / "x.json"
