@@ -95,7 +95,8 @@ def test_only_what_is_missing_is_built(tmp_path, monkeypatch, capsys):
     (tmp_path / "deepspeed_shm_comm" / "deepspeed_shm_comm.so").touch()
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"zero_optimization": {"offload_optimizer": OFFLOAD}}))
-    monkeypatch.setattr("sys.argv", ["operators", str(config), "--cpu"])
+    monkeypatch.setattr("sys.argv", ["operators", str(config)])
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     operators.main()
     assert built == ["cpu_adam"]
     assert capsys.readouterr().out == "Building DeepSpeed's operator cpu_adam (a minute or two, once)\n"

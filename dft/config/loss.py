@@ -13,9 +13,8 @@ ObjectiveName = Literal[
     *("dft", "sft", "threshold", "eaft", "deft", "idft", "talr", "chord", "prior", "anchored", "importance")
 ]
 
-# MB of float32 logits that the fused loss holds at once. cpu: measured by benchmarks/loss_head.py, larger chunks save
-# little time. cuda: not measured yet; some 1,700 rows of a vocabulary of 150,000 should be enough for the matrix
-# products to outweigh the additions into the gradient of the head.
+# MB of float32 logits that the fused loss holds at once. Larger chunks save little time: cpu, benchmarks/loss_head.py;
+# cuda, some 1,700 rows of a vocabulary of 150,000, benchmarks/results/gpu.md.
 CHUNK_MB = {"cpu": 48.0, "cuda": 1024.0}
 
 
