@@ -23,34 +23,24 @@ def softmax_gradient(z: Tensor, targets: Tensor, out: Tensor | None, needs: Need
         z: with rows that are contiguous.
         out: [C, V] in any float type, or z itself, or None if the gradient isn't wanted.
     """
-    nll, entropy, concentration = (torch.empty(len(z), dtype=torch.float32, device=z.device) for _ in range(3))
-    is_top1 = torch.empty(len(z), dtype=torch.bool, device=z.device)
+    results = torch.empty(len(z), 4, dtype=torch.float32, device=z.device)
     if len(z):
+        written = z if out is None else out
         with torch.cuda.device_of(z):  # Triton launches on the current device
             _softmax_gradient[(len(z),)](
-                z,
-                z if out is None else out,
-                targets,
-                nll,
-                is_top1,
-                entropy,
-                concentration,
-                z.shape[1],
-                z.stride(0),
-                0 if out is None else out.stride(0),
+                *(z, written, targets, results, z.shape[1], z.stride(0), written.stride(0)),
                 WANTS_GRADIENT=out is not None,
-                WANTS_ENTROPY=needs.entropy,
-                WANTS_CONCENTRATION=needs.concentration,
                 BLOCK=BLOCK,
                 num_warps=WARPS,
             )
+    nll, is_top1, entropy, concentration = results.t().contiguous()
     return TokenStatistics(
         targets,
         nll,
         torch.exp(-nll),
-        is_top1,
-        entropy if needs.entropy else None,
-        concentration if needs.concentration else None,
+        is_top1.bool(),
+        entropy=entropy if needs.entropy else None,
+        concentration=concentration if needs.concentration else None,
     )
 
 
@@ -59,22 +49,18 @@ def _softmax_gradient(
     z_pointer,
     out_pointer,
     target_pointer,
-    nll_pointer,
-    is_top1_pointer,
-    entropy_pointer,
-    concentration_pointer,
+    result_pointer,
     vocab_size,
     z_stride,
     out_stride,
     WANTS_GRADIENT: tl.constexpr,
-    WANTS_ENTROPY: tl.constexpr,
-    WANTS_CONCENTRATION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row. Every lane keeps sums over its own logits, relative to the greatest of them.
+    """One row: nll, whether the target is the likeliest token, entropy and sum(p**2) are written; then the gradient.
 
-    With z relative to the greatest logit and S = sum(exp(z)): entropy = log S - sum(exp(z) z) / S, and the sum of
-    squared probabilities is sum(exp(z)**2) / S**2.
+    Every lane keeps sums over its own logits, relative to the greatest of them. With z relative to the greatest logit
+    and S = sum(exp(z)): entropy = log S - sum(exp(z) z) / S, and the sum of squared probabilities p is
+    sum(exp(z)**2) / S**2.
     """
     row = tl.program_id(0).to(tl.int64)
     z_pointer += row * z_stride
@@ -84,7 +70,7 @@ def _softmax_gradient(
     top = tl.full([BLOCK], -1e38, tl.float32)  # finite, so that a lane that has seen nothing but -inf isn't NaN
     total = tl.zeros([BLOCK], tl.float32)
     moment = tl.zeros([BLOCK], tl.float32)  # sum(exp(z) z)
-    squares = tl.zeros([BLOCK], tl.float32)
+    squares = tl.zeros([BLOCK], tl.float32)  # sum(exp(z)**2)
     for start in range(0, vocab_size, BLOCK):
         places = start + lanes
         z = tl.load(z_pointer + places, mask=places < vocab_size, other=float("-inf"))
@@ -93,30 +79,25 @@ def _softmax_gradient(
         is_greater = step > 0
         shrink = tl.where(is_greater, smaller, 1.0)  # of the sums, when the greatest logit changes
         term = tl.where(is_greater, 1.0, smaller)
-        if WANTS_ENTROPY:
-            below = tl.where(is_greater, 0.0, tl.maximum(step, -200.0))  # -inf times a probability of 0 would be NaN
-            moment = (moment - tl.where(is_greater, step, 0.0) * total) * shrink + term * below
-        if WANTS_CONCENTRATION:
-            squares = squares * shrink * shrink + term * term
+        below = tl.where(is_greater, 0.0, tl.maximum(step, -200.0))  # -inf times a probability of 0 would be NaN
+        moment = (moment - tl.where(is_greater, step, 0.0) * total) * shrink + term * below
+        squares = squares * shrink * shrink + term * term
         total = total * shrink + term
         top = tl.where(is_greater, z, top)
 
     greatest = tl.max(top, 0)
     step = top - greatest
     shrink = tl.exp(step)
-    if WANTS_ENTROPY:
-        moment = tl.sum((moment + step * total) * shrink, 0)
-    if WANTS_CONCENTRATION:
-        squares = tl.sum(squares * shrink * shrink, 0)
+    moment = tl.sum((moment + step * total) * shrink, 0)
+    squares = tl.sum(squares * shrink * shrink, 0)
     total = tl.sum(total * shrink, 0)
     of_target = tl.load(z_pointer + target)
-    tl.store(nll_pointer + row, greatest - of_target + tl.log(total))
-    tl.store(is_top1_pointer + row, of_target >= greatest)
-    if WANTS_ENTROPY:
-        entropy = tl.log(total) - moment / total
-        tl.store(entropy_pointer + row, tl.where(entropy < 0, 0.0, entropy))  # of which rounding may leave less
-    if WANTS_CONCENTRATION:
-        tl.store(concentration_pointer + row, squares / (total * total))
+    entropy = tl.log(total) - moment / total
+    result_pointer += 4 * row
+    tl.store(result_pointer, greatest - of_target + tl.log(total))
+    tl.store(result_pointer + 1, (of_target >= greatest).to(tl.float32))
+    tl.store(result_pointer + 2, tl.where(entropy < 0, 0.0, entropy))  # of which rounding may leave less
+    tl.store(result_pointer + 3, squares / (total * total))
 
     if WANTS_GRADIENT:
         num_blocks = tl.cdiv(vocab_size, BLOCK)
