@@ -40,6 +40,7 @@ def train(settings: Settings) -> None:
     from dft.checkpoints.facts import compare_facts, run_facts
     from dft.checkpoints.resume import find_checkpoint
     from dft.distributed import once_per_node
+    from dft.model.adapters import check_adapters
     from dft.model.fit import check_fit
     from dft.model.loading import computes_in_16_bits, load_config, load_model, load_model_tokenizer
     from dft.tracking.results import present_run, save_evaluation, save_run
@@ -47,8 +48,9 @@ def train(settings: Settings) -> None:
     from dft.tracking.tracker_checks import check_trackers
     from dft.tracking.tracker_start import start_trackers
 
-    model_config, data_config, loss_config, _, args = settings
+    model_config, adapters, data_config, loss_config, _, args = settings
     start_logging(settings)
+    check_adapters(adapters, model_config)
     checkpoint, steps_done = find_checkpoint(args) if args.do_train else (None, 0)
     trackers = check_trackers(args) if args.do_train and not data_config.dry_run else {}
     tokenizer = load_model_tokenizer(model_config, data_config.chat_template)
@@ -60,12 +62,12 @@ def train(settings: Settings) -> None:
     check_fit(data, config, tokenizer, is_padded=plan.batching == "padded", grows=model_config.resize_embeddings)
     if data_config.dry_run:
         return
-    made_with = once_per_node(partial(run_facts, args, loss_config, config, data.train, plan))
+    made_with = once_per_node(partial(run_facts, args, loss_config, config, data.train, plan)) | adapters.facts
     if checkpoint is not None:
         compare_facts(checkpoint, made_with, go_on=args.resume_anyway)
     about = describe_run(settings, data) if args.do_train else {}
     report_to = start_trackers(args, trackers, about, steps_done) if args.do_train else []
-    model = load_model(model_config, args, config, tokenizer, attention)
+    model = load_model(model_config, adapters, args, config, tokenizer, attention)
     trainer = make_trainer(settings, model, tokenizer, data, plan, report_to=report_to, made_with=made_with)
     if not args.do_train:
         save_evaluation(trainer)

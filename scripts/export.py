@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import logging
 
 from dft.errors import UserError
@@ -70,6 +71,8 @@ def check_output(path: Path) -> None:
 def merge_adapter(trained: TrainedModel) -> TrainedModel:
     """Merges the adapter into the weights; returns a model without an adapter as it is.
 
+    A head that is tied to the embedding and has an adapter is untied: the embedding has none.
+
     Raises:
         UserError: an adapter of this kind has no weights to merge.
     """
@@ -78,7 +81,14 @@ def merge_adapter(trained: TrainedModel) -> TrainedModel:
     if trained.model.active_peft_config.is_prompt_learning:
         kind = trained.model.active_peft_config.peft_type.value
         raise UserError(f"an adapter of the kind {kind} puts tokens before the prompt, and can't be merged")
-    return replace(trained, model=trained.model.merge_and_unload(), is_adapter=False)
+    head = trained.model.get_output_embeddings()
+    is_untied = trained.model.config.tie_word_embeddings and hasattr(head, "base_layer")
+    if is_untied:
+        head.base_layer.weight = nn.Parameter(head.base_layer.weight.detach().clone())
+    merged = trained.model.merge_and_unload()
+    if is_untied:
+        merged.config.get_text_config().tie_word_embeddings = merged.config.tie_word_embeddings = False
+    return replace(trained, model=merged, is_adapter=False)
 
 
 def save(trained: TrainedModel, path: Path, max_shard_size: str) -> None:

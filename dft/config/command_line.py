@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
+from dft.config.adapters import AdapterConfig
 from dft.config.data import DataConfig
 from dft.config.listing import load_listing
 from dft.config.loss import LossConfig
@@ -27,15 +28,19 @@ if TYPE_CHECKING:
 
 PATHS = (  # flags that hold a path, or several; what begins with { is JSON in its place
     *("model_name_or_path", "data_files", "eval_data_files", "chat_template", "data_cache_dir", "output_dir"),
-    "reference_cache_dir",
+    *("adapter", "reference_cache_dir"),
     *("logging_dir", "resume_from_checkpoint", "deepspeed", "fsdp_config", "accelerator_config"),
 )
+
+
+GROUPS = (ModelConfig, AdapterConfig, DataConfig, LossConfig, MetricsConfig)  # before those of Trainer
 
 
 class Settings(NamedTuple):
     """All settings of a run, by group; none of them is changed after it was parsed."""
 
     model: ModelConfig
+    adapters: AdapterConfig
     data: DataConfig
     loss: LossConfig
     metrics: MetricsConfig
@@ -53,8 +58,8 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     """
     listing = load_listing()
     values = parse_values(sys.argv[1:] if argv is None else argv, listing)
-    groups = [_of_class(cls, values) for cls in (ModelConfig, DataConfig, LossConfig, MetricsConfig)]
-    data = groups[1]
+    groups = [_of_class(cls, values) for cls in GROUPS]
+    data = groups[GROUPS.index(DataConfig)]
     training = {entry["dest"]: values[entry["dest"]] for entry in listing["groups"]["training"]}
     check_training(SimpleNamespace(**training), listing["trackers"], listing["compile_backends"])
     check_row_fits(SimpleNamespace(**training), data)

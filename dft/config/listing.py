@@ -47,6 +47,7 @@ def make_listing() -> dict[str, Any]:
     """The listing, from the dataclasses themselves."""
     from transformers import HfArgumentParser
 
+    from dft.config.adapters import AdapterConfig
     from dft.config.data import DataConfig
     from dft.config.loss import LossConfig
     from dft.config.metrics import MetricsConfig
@@ -54,7 +55,7 @@ def make_listing() -> dict[str, Any]:
     from dft.config.training import COMPILE_BACKENDS, TRACKERS, DFTTrainingArguments
 
     groups = {}
-    for cls in (ModelConfig, DataConfig, LossConfig, MetricsConfig, DFTTrainingArguments):
+    for cls in (ModelConfig, AdapterConfig, DataConfig, LossConfig, MetricsConfig, DFTTrainingArguments):
         parser = HfArgumentParser(cls, add_help=False)
         groups[cls._argument_group_name] = [_entry(action) for action in parser._actions]
     listing = {

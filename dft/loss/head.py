@@ -182,7 +182,8 @@ def logit_transform(config: PretrainedConfig) -> LogitTransform:
 def _wrapping(head: nn.Module) -> str:
     """What makes a head more than its weights, in words: an adapter, quantized weights, hooks. "" for nothing."""
     if type(head) is not nn.Linear:
-        return f"the head is a {type(head).__name__}"
+        package = type(head).__module__.partition(".")[0]
+        return "the head has an adapter" if package == "peft" else f"the head is a {type(head).__name__} of {package}"
     if "forward" in vars(head):
         return "the head's forward is replaced"
     if any((head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)):

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -14,11 +15,16 @@ from transformers import (
     TrainingArguments,
 )
 
+from dft.config.adapters import AdapterConfig
 from dft.config.model import ModelConfig
 from dft.errors import UserError
+from dft.model.adapters import quantization, with_adapters
 from dft.model.fit import tokenizer_size
 from dft.model.resizing import add_rows
 from dft.model.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 logger = logging.getLogger(__name__)
 
@@ -51,18 +57,23 @@ def load_config(settings: ModelConfig) -> PretrainedConfig:
 
 def computes_in_16_bits(settings: ModelConfig, args: TrainingArguments, config: PretrainedConfig) -> bool:
     """Whether the model computes in 16 bits, by autocast or because its weights have them."""
-    dtype = str(config.dtype) if settings.torch_dtype == "auto" else settings.torch_dtype
-    return args.bf16 or args.fp16 or dtype.endswith("float16")
+    return args.bf16 or args.fp16 or type_of(settings, config).itemsize == 2
+
+
+def type_of(settings: ModelConfig, config: PretrainedConfig) -> torch.dtype:
+    """The type that the weights are loaded in."""
+    return (config.dtype or torch.float32) if settings.torch_dtype == "auto" else getattr(torch, settings.torch_dtype)
 
 
 def load_model(
     settings: ModelConfig,
+    adapters: AdapterConfig,
     args: TrainingArguments,
     config: PretrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
     attention: str,
-) -> PreTrainedModel:
-    """The model, sharded at once under ZeRO-3.
+) -> "PreTrainedModel | PeftModel":
+    """The model, sharded at once under ZeRO-3, with the adapters that are trained in its place, if any.
 
     Args:
         tokenizer: whose size the embedding gets where the settings ask for it.
@@ -74,16 +85,19 @@ def load_model(
     name = settings.model_name_or_path
     if settings.trust_remote_code:
         logger.warning("Running Python code from %s, revision %s", name, settings.model_revision)
+    more = quantization(adapters, args, type_of(settings, config)) | settings.source
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=settings.torch_dtype, attn_implementation=attention, **settings.source
+            name, config=config, dtype=settings.torch_dtype, attn_implementation=attention, **more
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(f"--model_name_or_path {name}: the model can't be loaded: {error}") from error
     if settings.resize_embeddings:
         add_rows(model, tokenizer_size(tokenizer))
-    size = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ZeRO-3 leaves numel() at 0
+    size = sum(map(_num_weights, model.parameters()))
     logger.info("Model: %s, %.1f M parameters, %s, %s", type(model).__name__, size / 1e6, model.dtype, attention)
+    if adapters.has_adapters:
+        return with_adapters(model, adapters, args.seed)  # adapters are float32 whatever the model's type is
     if model.dtype != torch.float32 and args.deepspeed_plugin is None:
         logger.warning(
             "The weights are %s and updated as such, which loses small updates. Use --torch_dtype float32 with --bf16 "
@@ -91,3 +105,9 @@ def load_model(
             model.dtype,
         )
     return model
+
+
+def _num_weights(parameter: torch.nn.Parameter) -> int:
+    """The weights of a parameter, which ZeRO-3 may have sharded, and of which two are in a byte in 4 bits."""
+    in_one = 2 * parameter.itemsize if type(parameter).__name__ == "Params4bit" else 1
+    return getattr(parameter, "ds_numel", parameter.numel()) * in_one  # ZeRO-3 leaves numel() at 0

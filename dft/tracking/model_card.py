@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import TrainerState, TrainingArguments
 
+from dft.config.adapters import AdapterConfig
 from dft.config.loss import LossConfig
 from dft.data.names import file_labels
 from dft.tracking.curves import final_weights_are_best, series
@@ -45,15 +46,15 @@ def write_card(about: dict[str, Any], report: dict[str, Any], args: TrainingArgu
 def model_card(about: dict[str, Any], report: dict[str, Any], args: TrainingArguments, state: TrainerState) -> str:
     """Makes a model card in the format of the Hugging Face Hub; the arguments are those of write_card."""
     base, name = _name(about["model"]["model_name_or_path"]), Path(args.output_dir).resolve().name
-    loss = LossConfig(**about["dft"])
+    loss, adapters = LossConfig(**about["dft"]), AdapterConfig(**about["adapters"])
     best_step = state.best_global_step if final_weights_are_best(args, state) else None
     return f"""\
-{_front_matter(base, loss)}
+{_front_matter(base, loss, adapters)}
 {MARK}
 
 # {name}
 
-`{base}`, fine-tuned with {_objective(loss)}
+{"LoRA adapter on " if adapters.has_adapters else ""}`{base}`, fine-tuned with {_objective(loss)}
 
 ## Data
 
@@ -91,16 +92,17 @@ Made with {", ".join(f"{package} {number}" for package, number in about["version
 """
 
 
-def _front_matter(base: str, loss: LossConfig) -> str:
+def _front_matter(base: str, loss: LossConfig, adapters: AdapterConfig) -> str:
     """The metadata that the hub reads. base_model must be a name on the hub, which a directory is not."""
+    library, lora = ("peft", "\n- lora") if adapters.has_adapters else ("transformers", "")
     base_line = f"base_model: {base}\n" if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else ""
     return f"""\
 ---
-{base_line}library_name: transformers
+{base_line}library_name: {library}
 pipeline_tag: text-generation
 tags:
 - dft
-- {"sft" if loss.alpha == 0 else "dynamic-fine-tuning"}
+- {"sft" if loss.alpha == 0 else "dynamic-fine-tuning"}{lora}
 ---"""
 
 
@@ -178,7 +180,8 @@ def _settings(about: dict[str, Any], args: TrainingArguments) -> list[tuple[str,
         del training["per_device_train_batch_size"]
     if 0 < training["warmup_steps"] < 1:
         training["warmup_ratio"] = training.pop("warmup_steps")
-    values = {**dft, **data, "torch_dtype": about["model"]["torch_dtype"], **training}
+    adapters = AdapterConfig(**about["adapters"])
+    values = {**dft, **data, "torch_dtype": about["model"]["torch_dtype"], **adapters.shown, **training}
     values = {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
     return [(name, str(value)) for name, value in values.items() if value not in (None, -1)]  # -1: max_steps unset
 

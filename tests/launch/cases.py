@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Engine = Literal["one process", "ddp", "zero2", "zero3", "accelerate"]
-Head = Literal["tied", "untied", "lora", "frozen"]
+Head = Literal["tied", "untied", "lora", "frozen", "4 bits"]
 Batching = Literal["padded", "padding_free", "packed"]
 
 ENGINES: tuple[Engine, ...] = ("ddp", "zero2", "zero3", "accelerate")  # on two processes
@@ -19,7 +19,8 @@ class Case:
         engine: what the processes are joined by; "accelerate" is ZeRO-3 as accelerate configures it.
         rows: of a micro-batch on each process; where batches are packed, these are packed rows.
         micro_batches: of a step, on each process.
-        head: "lora" has an adapter on it, "frozen" is untied and not trained.
+        head: "lora" has an adapter on it, "frozen" is untied and not trained; with "4 bits" all other layers have
+            adapters on weights in 4 bits.
         objective: idft needs entropies, prior log-probabilities by the starting weights.
         is_fused: the loss is computed in the head, not from logits.
         is_offloaded: weights (of ZeRO-3) and optimizer are kept in the memory of the processor.
@@ -53,6 +54,11 @@ CASES: dict[str, Case] = {
         for engine in ("ddp", "zero3")
         for head in HEADS
     },
+    "zero2, lora head": Case("zero2", rows=1, micro_batches=4, head="lora"),
+    "whole batch, 4 bits": Case("one process", rows=8, head="4 bits"),
+    "ddp, 4 bits": Case("ddp", rows=1, micro_batches=4, head="4 bits"),
+    "zero2, 4 bits": Case("zero2", rows=1, micro_batches=4, head="4 bits"),
+    "zero3, 4 bits": Case("zero3", rows=1, micro_batches=4, head="4 bits"),
     "ddp, padding-free": Case("ddp", rows=2, micro_batches=2, batching="padding_free"),
     "zero2, padding-free": Case("zero2", rows=4, batching="padding_free"),
     "zero3, packed": Case("zero3", rows=2, batching="packed"),

@@ -17,15 +17,17 @@ from typing import Any, get_args
 import torch
 from accelerate.state import AcceleratorState
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
-from transformers import DataCollatorForSeq2Seq, PreTrainedModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, PreTrainedModel
 
 from dft.batching.collators import FlatteningCollator
 from dft.batching.packing import PackedRows, best_fit_decreasing
 from dft.batching.sampler import token_lengths
 from dft.batching.varlen_attention import register
+from dft.config.adapters import AdapterConfig
 from dft.config.training import DFTTrainingArguments
 from dft.loss.from_logits import count_terms
+from dft.model.adapters import quantization, with_adapters
 from dft.program import program, rank_and_world_size
 from dft_trainer import DFTTrainer
 from examples.make_tiny_model import make_model
@@ -64,6 +66,21 @@ def model_with(head: Head) -> PreTrainedModel:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:  # zero at first
                 torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def model_in_4_bits(args: DFTTrainingArguments) -> PeftModel:
+    """Loaded as the program does it, once the arguments have said whether weights are sharded."""
+    directory = Path(args.output_dir) / "base"
+    with args.main_process_first():
+        model_with("tied").save_pretrained(directory)
+    settings = AdapterConfig(use_peft=True, lora_r=2, lora_dropout=0.0, load_in_4bit=True)
+    base = AutoModelForCausalLM.from_pretrained(directory, **quantization(settings, args, torch.float32))
+    model = with_adapters(base, settings, seed=0)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zero at first
+            torch.nn.init.normal_(parameter, std=0.2)
     return model
 
 
@@ -126,9 +143,9 @@ def make_trainer(case: Case, model: PreTrainedModel, output_dir: Path) -> DFTTra
 
 def one_step(case: Case, output_dir: Path) -> dict[str, Any]:
     """What the case leaves on rank 0; on other ranks, nothing that counts."""
-    model = model_with(case.head)
-    before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
-    names = [name for name, _ in model.named_parameters()]
+    model = model_in_4_bits(arguments(case, output_dir)) if case.head == "4 bits" else model_with(case.head)
+    weights = {n: p for n, p in model.named_parameters() if case.head != "4 bits" or p.requires_grad}
+    before = torch.cat([p.detach().flatten().clone() for p in weights.values()])
     trainer = make_trainer(case, model, output_dir)
     try:
         if case.is_evaluated_first:
@@ -141,7 +158,7 @@ def one_step(case: Case, output_dir: Path) -> dict[str, Any]:
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.args.process_index > 0:
         return {}
-    after = torch.cat([state[name].flatten().cpu() for name in names])
+    after = torch.cat([state[name].flatten().cpu() for name in weights])
     train, evaluation = (next(r for r in trainer.state.log_history if k in r) for k in ("ce_loss", "eval_loss"))
     return {"gradient": (before - after) / LEARNING_RATE, "train": train, "eval": evaluation}
 

@@ -67,6 +67,19 @@ def test_heads_of_other_kinds_have_the_gradient_of_one_process(result_of, head, 
     assert_same(result_of(f"{engine}, {head} head"), result_of(f"whole batch, {head} head"))
 
 
+@pytest.mark.parametrize(
+    ("name", "same"),
+    [
+        ("zero2, lora head", "whole batch, lora head"),
+        ("ddp, 4 bits", "whole batch, 4 bits"),
+        ("zero2, 4 bits", "whole batch, 4 bits"),
+        ("zero3, 4 bits", "whole batch, 4 bits"),
+    ],
+)
+def test_adapters_have_the_gradient_of_one_process(result_of, name, same):
+    assert_same(result_of(name), result_of(same))
+
+
 @pytest.mark.parametrize("name", ["ddp, padding-free", "zero2, padding-free", "zero3, packed"])
 def test_batches_without_padding_give_the_gradient_of_padded_ones(result_of, name):
     """The 8 rows are 3 packed ones, so that one process has a filler, which supervises nothing."""

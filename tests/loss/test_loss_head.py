@@ -127,7 +127,9 @@ def lora(model, *targets: str):
     return peft
 
 
-@pytest.mark.parametrize(("targets", "wrapping"), [(["q_proj"], ""), (["q_proj", "lm_head"], "the head is a Linear")])
+@pytest.mark.parametrize(
+    ("targets", "wrapping"), [(["q_proj"], ""), (["q_proj", "lm_head"], "the head has an adapter")]
+)
 def test_adapters_get_the_gradient_from_logits(targets, wrapping):
     model = lora(model_of("Qwen2"), *targets)
     head, found = both_ways(model)

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from transformers import TrainerState, TrainingArguments
 
+from dft.config.adapters import AdapterConfig
 from dft.config.data import DataConfig
 from dft.config.loss import LossConfig
 from dft.config.model import ModelConfig
@@ -40,9 +41,10 @@ def args(tmp_path):
     return Arguments(output_dir=str(tmp_path / "my-model"), use_cpu=True, report_to="none", warmup_steps=0.05, seed=7)
 
 
-def facts(args, base="Qwen/Qwen3-8B", data=None, **dft):
+def facts(args, base="Qwen/Qwen3-8B", data=None, adapters=None, **dft):
     settings = {
         "model": ModelConfig(base),
+        "adapters": AdapterConfig(**(adapters or {})),
         "data": DataConfig(["some"], **(data or {})),
         "dft": LossConfig(**dft),
     }
@@ -124,6 +126,20 @@ def test_the_card_says_what_the_model_is_made_of(args):
         "down to 0.4 of that",
     ):
         assert text in card, text
+
+
+def test_the_card_of_an_adapter_says_what_it_is(args):
+    lora = {"use_peft": True, "lora_r": 8, "load_in_4bit": True}
+    card = model_card(facts(args, adapters=lora), REPORT, args, STATE)
+    head = yaml.safe_load(card.split("---\n")[1])
+    assert (head["library_name"], head["tags"][-1]) == ("peft", "lora")
+    assert "\nLoRA adapter on `Qwen/Qwen3-8B`, fine-tuned with the DFT loss" in card
+    for text in ("| lora_r | 8 |", "| lora_target_modules | all linear layers but the head |", "adapters | nf4 |"):
+        assert text in card
+    more = model_card(facts(args, adapters={"adapter": "/private/first"}), REPORT, args, STATE)
+    assert "| adapter that was gone on from | first |" in more
+    assert "lora_r" not in more
+    assert "lora" not in model_card(facts(args), REPORT, args, STATE)
 
 
 def test_the_card_gives_the_results_of_the_weights_that_are_saved(args):
