@@ -28,6 +28,7 @@ OTHERS = [
     "docs/loss.md",
     "docs/metrics.md",
     "docs/objectives.md",
+    "docs/adapters.md",
     "ds_config/README.md",
     "examples/eval/README.md",
 ]
@@ -37,6 +38,7 @@ MADE_BY_A_RUN = {  # named in the documents, made when the program runs
     "trainer_state.json", "training_args.json", "train_distributed.log", "my_run.yaml", "more.json", "train.jsonl",
     "eval.jsonl", "chats.jsonl", "tracker_ids.json", "my_rows.jsonl",
     "run.json", "test.jsonl", "made_with.json", "eval_results.json", "generation_config.json",
+    "adapter_config.json", "adapter_model.safetensors",
 }  # fmt: skip
 FLAGS_OF_OTHERS = {
     *("--help", "--size"),  # of all programs, of a benchmark
