@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from dft.chat.format import ChatFormat
@@ -60,6 +61,16 @@ def save_generation_config(model: Any, directory: str) -> None:
         generation_config.save_pretrained(directory)
     except ValueError as error:  # transformers refuses to save values that its loading has accepted
         logger.warning("%s gets no generation_config.json, the base model's isn't valid: %s", directory, error)
+
+
+def share_tied_weights(state_dict: dict[str, Tensor], model: Any) -> None:
+    """Makes tied weights one tensor again, so that they are written once.
+
+    accelerate gathers the weights of DeepSpeed and FSDP one by one, as copies.
+    """
+    for name, source in getattr(model, "all_tied_weights_keys", {}).items():
+        if name in state_dict and source in state_dict and torch.equal(state_dict[name], state_dict[source]):
+            state_dict[name] = state_dict[source]
 
 
 @contextmanager

@@ -13,7 +13,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, get_
 from dft.checkpoints.best import restore_best, tell_what_is_compared
 from dft.checkpoints.facts import compare_facts, run_facts, write_facts
 from dft.checkpoints.integrity import check_whole
-from dft.checkpoints.serving import add_end_of_turn, save_generation_config, weights_put_back, with_cache
+from dft.checkpoints.serving import (
+    add_end_of_turn,
+    save_generation_config,
+    share_tied_weights,
+    weights_put_back,
+    with_cache,
+)
 from dft.config.loss import LossConfig
 from dft.config.training import DFTTrainingArguments
 from dft.distributed import once_per_node
@@ -139,6 +145,8 @@ class CheckpointTrainer(Trainer):
         if not self._has_end_token:
             add_end_of_turn(model, self.processing_class)
             self._has_end_token = True
+        if state_dict is not None:
+            share_tied_weights(state_dict, model)
         with with_cache(model):
             super()._save(output_dir, state_dict)
             if self.args.should_save and not isinstance(model, PreTrainedModel):

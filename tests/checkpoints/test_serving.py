@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from dft.batching.collators import PaddingCollator
@@ -94,6 +95,20 @@ def test_what_it_stopped_at_before_stays(make_trainer, base, tmp_path, own):
     trainer.save_model(tmp_path / "final")
     expected = [own] if isinstance(own, str) else own or []
     assert end_tokens(tmp_path / "final", base) == [*expected, *([] if "<|im_end|>" in expected else ["<|im_end|>"])]
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_tied_head_is_written_once(make_trainer, base, tmp_path, is_tied):
+    """Weights that were gathered from several processes come as copies; what isn't alike is kept."""
+    trainer = make_trainer(base_model(base), processing_class=base)
+    gathered = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    if not is_tied:
+        gathered["lm_head.weight"] += 1
+    trainer._save(str(tmp_path), state_dict=dict(gathered))
+    saved = load_file(tmp_path / "model.safetensors")
+    assert ("lm_head.weight" in saved) == (not is_tied)
+    assert all(torch.equal(saved[name], gathered[name]) for name in saved)
+    assert saved.keys() | {"lm_head.weight"} == gathered.keys()
 
 
 def test_an_adapter_gets_a_generation_config_of_its_own(make_trainer, base, tmp_path):
