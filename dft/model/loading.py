@@ -19,6 +19,7 @@ from dft.config.adapters import AdapterConfig
 from dft.config.model import ModelConfig
 from dft.errors import UserError
 from dft.model.adapters import quantization, with_adapters
+from dft.model.compiled import point_to_kernels
 from dft.model.fit import tokenizer_size
 from dft.model.resizing import add_rows
 from dft.model.tokenizer import load_tokenizer
@@ -96,6 +97,7 @@ def load_model(
         add_rows(model, tokenizer_size(tokenizer))
     size = sum(map(_num_weights, model.parameters()))
     logger.info("Model: %s, %.1f M parameters, %s, %s", type(model).__name__, size / 1e6, model.dtype, attention)
+    point_to_kernels(args)
     if adapters.has_adapters:
         return with_adapters(model, adapters, args.seed)  # adapters are float32 whatever the model's type is
     if model.dtype != torch.float32 and args.deepspeed_plugin is None:
