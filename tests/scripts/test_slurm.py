@@ -10,9 +10,10 @@ from tests.helpers import ROOT
 
 SCONTROL = '#!/bin/bash\n[[ "$*" == "show hostnames n[7-8]" ]] && printf "n7\\nn8\\n"\n'
 # as with --kill-on-bad-exit, the status is that of a task that fails
-SRUN = (
-    '#!/bin/bash\n[[ "$1" == --kill-on-bad-exit=1 ]] && shift\nfor i in 0 1; do SLURM_NODEID=$i "$@" || exit; done\n'
-)
+SRUN = """#!/bin/bash
+[[ "$1" == --kill-on-bad-exit=1 ]] && shift
+for i in 0 1; do SLURM_NODEID=$i "$@" || exit; done
+"""
 TRAIN = """#!/bin/bash
 for name in LAUNCHER NNODES NODE_RANK MASTER_ADDR MASTER_PORT LOG_FILE; do echo "$name=${!name}"; done
 printf '<%s>' "$@"
