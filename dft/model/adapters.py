@@ -115,12 +115,17 @@ def with_adapters(model: PreTrainedModel, settings: AdapterConfig, seed: int) ->
             f"--lora_init {settings.lora_init} would change the embedding, to which this model's head is tied: leave "
             "the head out of --lora_target_modules"
         )
-    trained, total = adapted.get_nb_trainable_parameters()
-    logger.info(
-        "Adapters: %s of %s parameters are trained (%.2f%%)", f"{trained:,}", f"{total:,}", 100 * trained / total
-    )
+    logger.info("Adapters: %s parameters are trained", share_trained(adapted))
     _save_only_adapters(adapted, is_converted=settings.takes_of_weights)
     return adapted
+
+
+def share_trained(model: nn.Module) -> str | None:
+    """How many of a model's parameters are trained, in words; None for a model without adapters."""
+    if not hasattr(model, "get_nb_trainable_parameters"):
+        return None
+    trained, total = model.get_nb_trainable_parameters()
+    return f"{trained:,} of {total:,} ({100 * trained / total:.2f}%)"
 
 
 def lora_arguments(settings: AdapterConfig) -> dict[str, Any]:

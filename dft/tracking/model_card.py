@@ -181,7 +181,8 @@ def _settings(about: dict[str, Any], args: TrainingArguments) -> list[tuple[str,
     if 0 < training["warmup_steps"] < 1:
         training["warmup_ratio"] = training.pop("warmup_steps")
     adapters = AdapterConfig(**about["adapters"])
-    values = {**dft, **data, "torch_dtype": about["model"]["torch_dtype"], **adapters.shown, **training}
+    values = {**dft, **data, "torch_dtype": about["model"]["torch_dtype"], **adapters.shown}
+    values |= {"trained parameters": about.get("trained_parameters"), **training}
     values = {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
     return [(name, str(value)) for name, value in values.items() if value not in (None, -1)]  # -1: max_steps unset
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import Trainer
 
+from dft.model.adapters import share_trained
 from dft.tracking.console import summary
 from dft.tracking.curves import CURVES_FILE, final_weights_are_best, plot_curves
 from dft.tracking.model_card import write_card
@@ -59,6 +60,7 @@ def present_run(trainer: Trainer, about: dict[str, Any], report: dict[str, Any])
         about: see run_info.describe_run.
         report: see dft.data.report.make_report.
     """
+    about = about | {"trained_parameters": share_trained(trainer.model)}
     plot_curves(trainer.state.log_history, Path(trainer.args.output_dir) / CURVES_FILE)
     write_card(about, report, trainer.args, trainer.state)
     print(summary(trainer))

@@ -31,7 +31,9 @@ def test_an_adapter_of_zero3_in_4_bits_fits_the_model_and_is_resumed(train_in, t
     assert all("lora_" in name for name in saved)
     assert not list(out.glob("model*.safetensors"))
     assert f"Adapters: {sum(t.numel() for t in saved.values()):,} of " in done.stdout
-    assert "LoRA adapter on" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "LoRA adapter on" in card
+    assert f"| trained parameters | {sum(t.numel() for t in saved.values()):,} of " in card
     assert json.loads((out / "run.json").read_text())["adapters"]["lora_r"] == 4
 
     ids = torch.arange(5, 45)[None]

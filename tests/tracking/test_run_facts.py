@@ -130,11 +130,17 @@ def test_the_card_says_what_the_model_is_made_of(args):
 
 def test_the_card_of_an_adapter_says_what_it_is(args):
     lora = {"use_peft": True, "lora_r": 8, "load_in_4bit": True}
-    card = model_card(facts(args, adapters=lora), REPORT, args, STATE)
+    about = facts(args, adapters=lora) | {"trained_parameters": "10 of 1,000 (1.00%)"}
+    card = model_card(about, REPORT, args, STATE)
     head = yaml.safe_load(card.split("---\n")[1])
     assert (head["library_name"], head["tags"][-1]) == ("peft", "lora")
     assert "\nLoRA adapter on `Qwen/Qwen3-8B`, fine-tuned with the DFT loss" in card
-    for text in ("| lora_r | 8 |", "| lora_target_modules | all linear layers but the head |", "adapters | nf4 |"):
+    for text in (
+        "| lora_r | 8 |",
+        "| lora_target_modules | all linear layers but the head |",
+        "adapters | nf4 |",
+        "| trained parameters | 10 of 1,000 (1.00%) |",
+    ):
         assert text in card
     more = model_card(facts(args, adapters={"adapter": "/private/first"}), REPORT, args, STATE)
     assert "| adapter that was gone on from | first |" in more
