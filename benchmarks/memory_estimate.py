@@ -15,12 +15,15 @@ import subprocess
 import sys
 import tempfile
 from typing import Any
+from unittest import mock
 
 import torch
 from transformers import Qwen3Config
 
 from benchmarks.measuring import ROOT, facts, keep, markdown_table, surroundings
+from benchmarks.train_step_run import SIZES as STEP_SIZES
 from dft.config.loss import CHUNK_MB
+from dft.model import activations
 from dft.model.activations import Computation, build_model, count_activations
 from dft.model.memory import Batch, Zero, estimate, model_sizes, plain_precision
 
@@ -48,6 +51,8 @@ CASES: tuple[dict[str, Any], ...] = (
     {"size": "45M", "rows": 2, "length": 512, "recompute": True, "lora_r": 16},
 )
 QUICK = (0, 1, 3, 6)
+GPU_PEAK = 41_458  # MiB, of 0.6b/ours_packed in benchmarks/results/gpu.md
+GPU_TOKENS, GPU_SUPERVISED = 16_384, 0.64
 
 
 def config_of(size: str) -> Qwen3Config:
@@ -63,6 +68,21 @@ def estimated(case: dict[str, Any]) -> float:
     sizes = model_sizes(build_model(config, torch.float32, rank))
     precision = plain_precision(torch.float32, False, rank > 0)
     return estimate(sizes, count_activations(config, how), batch, precision, Zero()).total
+
+
+def estimated_on_gpu(repeats_heads: bool) -> float:
+    """The estimate for the step that was measured on a GPU, in MiB.
+
+    Args:
+        repeats_heads: as PyTorch 2.11 did, with which it was measured; from 2.13 on its kernel groups heads.
+    """
+    config = Qwen3Config(**STEP_SIZES["0.6b"], tie_word_embeddings=True, use_cache=False)
+    how = Computation(1, GPU_TOKENS, torch.bfloat16, autocast=True, recompute=False)
+    batch = Batch(GPU_TOKENS, round(GPU_SUPERVISED * GPU_TOKENS))
+    with mock.patch.object(activations, "kernel_repeats_heads", lambda: repeats_heads):
+        counted = count_activations(config, how)
+    sizes = model_sizes(build_model(config, torch.bfloat16))
+    return estimate(sizes, counted, batch, plain_precision(torch.bfloat16, True, False), Zero()).total / MIB
 
 
 def train(case: dict[str, Any]) -> float:
@@ -147,10 +167,17 @@ def describe(results: list[dict[str, Any]], about: dict[str, Any]) -> str:
   before the model is made. It counts no memory outside of tensors: the interpreter, the libraries, holes of the
   allocator.
 - Rows have the same length, so that there is no padding and no mask.""",
+            "## On a GPU",
+            f"""\
+The training step of [gpu.md](gpu.md) (`0.6b/ours_packed`: Qwen3-0.6B's shapes, bf16 weights and moments, {GPU_TOKENS:,}
+packed tokens, {GPU_SUPERVISED:.0%} of them supervised, no recomputation, one H200) had a peak of {GPU_PEAK:,} MiB by
+torch.cuda.max_memory_allocated. Estimated here: {about["gpu_estimates"][0]:,.0f} MiB, ratio
+{about["gpu_estimates"][0] / GPU_PEAK:.3f}, for PyTorch 2.11, with which it was measured, and
+{about["gpu_estimates"][1]:,.0f} MiB from PyTorch 2.13 on, whose attention kernel doesn't need repeated heads.""",
             "## Doubt",
             """\
-- One process in float32: neither 16 bits, nor DeepSpeed, nor DDP are measured here. For 16 bits there is one peak of a
-  GPU, see docs/scaling.md.
+- One process in float32: neither DeepSpeed, nor DDP, nor 4-bit weights are measured. In 16 bits there is the one peak
+  of a GPU, and none with recomputation.
 - One architecture.""",
         ]
     )
@@ -168,7 +195,7 @@ def main() -> None:
     for number in QUICK if args.quick else range(len(CASES)):
         results.append(measure(number))
         print(results[-1], file=sys.stderr, flush=True)
-    about = surroundings(PACKAGES)
+    about = surroundings(PACKAGES) | {"gpu_estimates": [estimated_on_gpu(repeats) for repeats in (True, False)]}
     text = describe(results, about)
     print(text)
     if not args.quick:
