@@ -1,7 +1,7 @@
 """How near the estimate of a training step's memory is to its measured peak, on a CPU.
 
-    python -m benchmarks.memory_estimate            # writes benchmarks/results/memory_estimate_cpu.md and .json
-    python -m benchmarks.memory_estimate --quick    # fewer steps of smaller cases, under 2 minutes, writes nothing
+    python benchmarks/memory_estimate.py            # writes benchmarks/results/memory_estimate_cpu.md and .json
+    python benchmarks/memory_estimate.py --quick    # four of the cases, under 2 minutes, writes nothing
 
 Each case trains a Qwen3 model with random weights for two steps in a process of its own, with DFTTrainer. PyTorch's
 profiler reports every allocation and every release of its CPU allocator, also those inside operators; the peak is the
@@ -79,7 +79,7 @@ def estimated_on_gpu(repeats_heads: bool) -> float:
     config = Qwen3Config(**STEP_SIZES["0.6b"], tie_word_embeddings=True, use_cache=False)
     how = Computation(1, GPU_TOKENS, torch.bfloat16, autocast=True, recompute=False)
     batch = Batch(GPU_TOKENS, round(GPU_SUPERVISED * GPU_TOKENS))
-    with mock.patch.object(activations, "kernel_repeats_heads", lambda: repeats_heads):
+    with mock.patch.object(activations, "kernel_repeats_heads", return_value=repeats_heads):
         counted = count_activations(config, how)
     sizes = model_sizes(build_model(config, torch.bfloat16))
     return estimate(sizes, counted, batch, plain_precision(torch.bfloat16, True, False), Zero()).total / MIB
@@ -131,7 +131,7 @@ def trainer(case: dict[str, Any]):
 
 def measure(number: int) -> dict[str, Any]:
     """A case with its estimate and its measured peak, in MiB."""
-    command = [sys.executable, "-m", "benchmarks.memory_estimate", "--case", str(number)]
+    command = [sys.executable, __file__, "--case", str(number)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
@@ -142,6 +142,7 @@ def measure(number: int) -> dict[str, Any]:
 
 def describe(results: list[dict[str, Any]], about: dict[str, Any]) -> str:
     """Everything that is known, for people."""
+    repeated, grouped = about["gpu_estimates"]
     lines = [("model", "trained", "rows x tokens", "accumulation", "recomputation", "estimate", "measured", "ratio")]
     for one in results:
         lines.append(
@@ -169,11 +170,11 @@ def describe(results: list[dict[str, Any]], about: dict[str, Any]) -> str:
 - Rows have the same length, so that there is no padding and no mask.""",
             "## On a GPU",
             f"""\
-The training step of [gpu.md](gpu.md) (`0.6b/ours_packed`: Qwen3-0.6B's shapes, bf16 weights and moments, {GPU_TOKENS:,}
-packed tokens, {GPU_SUPERVISED:.0%} of them supervised, no recomputation, one H200) had a peak of {GPU_PEAK:,} MiB by
-torch.cuda.max_memory_allocated. Estimated here: {about["gpu_estimates"][0]:,.0f} MiB, ratio
-{about["gpu_estimates"][0] / GPU_PEAK:.3f}, for PyTorch 2.11, with which it was measured, and
-{about["gpu_estimates"][1]:,.0f} MiB from PyTorch 2.13 on, whose attention kernel doesn't need repeated heads.""",
+The training step of [gpu.md](gpu.md) (`0.6b/ours_packed`: Qwen3-0.6B's shapes, bf16 weights and moments,
+{GPU_TOKENS:,} packed tokens, {GPU_SUPERVISED:.0%} of them supervised, no recomputation, one H200) had a peak of
+{GPU_PEAK:,} MiB by torch.cuda.max_memory_allocated. The estimate is {repeated:,.0f} MiB, ratio
+{repeated / GPU_PEAK:.3f}, for PyTorch 2.11, with which it was measured. From PyTorch 2.13 on the attention kernel
+doesn't need repeated heads: {grouped:,.0f} MiB.""",
             "## Doubt",
             """\
 - One process in float32: neither DeepSpeed, nor DDP, nor 4-bit weights are measured. In 16 bits there is the one peak

@@ -67,7 +67,7 @@ def test_without_deepspeed_weights_stay_in_32_bits(estimate, gpus, launcher):
 
 def test_the_cheapest_setting_is_the_fastest():
     """Offloading costs the most, then recomputation, then stages."""
-    order = [
+    expected = [
         Setting(0, "none", False),
         Setting(3, "none", False),
         Setting(0, "none", True),
@@ -75,7 +75,8 @@ def test_the_cheapest_setting_is_the_fastest():
         Setting(2, "optimizer", False),
         Setting(3, "all", False),
     ]
-    assert sorted(order[::-1], key=lambda setting: setting.cost) == order
+    given = expected[::-1]
+    assert sorted(given, key=lambda setting: setting.cost) == expected
 
 
 def test_where_nothing_fits_it_says_what_would_help(estimate):
