@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import set_zero3_state
 
 from dft.errors import UserError
 
@@ -67,7 +68,7 @@ class Computation:
 
 
 def count_activations(config: PretrainedConfig, computation: Computation) -> Activations:
-    """The activations of a model of this configuration.
+    """The activations of a model of this configuration, which is left as it is, as is the state of random numbers.
 
     Raises:
         UserError: the model's code needs numbers, which fake tensors don't have.
@@ -75,9 +76,10 @@ def count_activations(config: PretrainedConfig, computation: Computation) -> Act
     layers = config.get_text_config().num_hidden_layers
     few, more = TRACED_LAYERS
     try:
-        if layers <= more:
-            return _trace(config, computation)
-        first, second = (_trace(with_layers(config, number), computation) for number in TRACED_LAYERS)
+        with torch.random.fork_rng(devices=[]):  # weights on the meta device are drawn too
+            if layers <= more:
+                return _trace(config, computation)
+            first, second = (_trace(with_layers(config, number), computation) for number in TRACED_LAYERS)
     except NOT_TRACEABLE as error:
         raise UserError(f"the activations of a {config.model_type} model can't be counted: {error}") from error
     per_layer = (second.kept - first.kept) / (more - few)
@@ -101,13 +103,16 @@ def build_model(
 ) -> PreTrainedModel:
     """The model on the meta device, where weights have no memory; with adapters if they are asked for.
 
+    The configuration is left as it is. Under ZeRO-3 nothing is sharded, so that one rank alone may call this.
+
     Raises:
         UserError: there is no such model class, or adapters are asked for and peft is not installed.
     """
     AttentionInterface.register(TRACED, _attention)
     AttentionMaskInterface.register(TRACED, lambda *args, **kwargs: None)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), set_zero3_state():  # or transformers would shard it over all ranks
+            config = copy.deepcopy(config)  # transformers writes the type and the attention into it
             model = AutoModelForCausalLM.from_config(config, attn_implementation=TRACED, dtype=dtype)
     except (ImportError, ValueError) as error:
         raise UserError(f"no model can be made from this configuration: {error}") from error

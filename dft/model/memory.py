@@ -342,23 +342,21 @@ def too_large_message(model: PreTrainedModel, settings: Settings, longest: int, 
     adapters = getattr(model, "peft_config", None) or {}
     rank = max((config.r for config in adapters.values()), default=0)
     plugin = args.deepspeed_plugin
-    dtype = model.dtype
+    dtype, is_16_bit = model.dtype, args.bf16 or args.fp16
     if plugin is None:
-        precision, zero = plain_precision(dtype, args.bf16, rank > 0), Zero()
+        precision, zero = plain_precision(dtype, is_16_bit, rank > 0), Zero()
     else:
-        precision = deepspeed_precision(args.bf16)
-        dtype = torch.bfloat16 if args.bf16 else torch.float32
+        precision = deepspeed_precision(is_16_bit)
+        dtype = torch.bfloat16 if is_16_bit else torch.float32
         zero = read_zero(plugin.hf_ds_config.config, model.config.get_text_config().hidden_size)
-    is_packed = args.batching == "packed"
-    length = settings.data.max_length if is_packed else longest
-    rows, length = (args.per_device_train_batch_size, length)
+    rows, length = args.per_device_train_batch_size, longest
+    if args.batching == "packed":
+        length = settings.data.max_length
     if args.max_tokens_per_batch is not None:
         rows, length = 1, args.max_tokens_per_batch
-    tokens = rows * length
-    batch = Batch(
-        tokens, tokens, settings.loss.loss_chunk_mb or CHUNK_MB["cuda"], args.gradient_accumulation_steps > 1
-    )
-    autocast = args.bf16 and plugin is None
+    tokens, chunk_mb = rows * length, settings.loss.loss_chunk_mb or CHUNK_MB["cuda"]
+    batch = Batch(tokens, tokens, chunk_mb, args.gradient_accumulation_steps > 1)
+    autocast = is_16_bit and plugin is None
     adapter_dtype = torch.float32 if plugin is None else dtype  # DeepSpeed makes all weights of one type
     try:
         activations = count_activations(

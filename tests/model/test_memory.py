@@ -298,6 +298,22 @@ def test_a_model_that_needs_numbers_is_refused(monkeypatch):
         count_activations(QWEN, Computation(1, 8, BFLOAT, False, False))
 
 
+@pytest.mark.parametrize("recompute", [True, False])
+def test_counting_leaves_everything_as_it_was(recompute, monkeypatch):
+    """The configuration, which is the training model's; random numbers; and the other ranks under ZeRO-3."""
+
+    def ask_all_ranks(*_, **__):
+        raise AssertionError("a collective that only this rank would join")
+
+    monkeypatch.setattr("transformers.modeling_utils.is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr("deepspeed.zero.Init", ask_all_ranks)
+    config = Qwen3Config(**GROUPED, head_dim=16, attn_implementation="sdpa", dtype="float32")
+    before, state = (config.to_dict(), config._attn_implementation, config.dtype), torch.get_rng_state()
+    count_activations(config, Computation(1, 8, BFLOAT, False, recompute, lora_r=2))
+    assert (config.to_dict(), config._attn_implementation, config.dtype) == before
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 # ---- sizes --------------------------------------------------------------------------------------
 
 
@@ -322,7 +338,7 @@ def test_sizes_of_a_model():
 def settings_of(**changes) -> SimpleNamespace:
     training = {
         "device": torch.device("cpu"), "process_index": 0, "do_train": True, "gradient_checkpointing": False,
-        "activation_checkpointing": False, "deepspeed_plugin": None, "bf16": True, "batching": None,
+        "activation_checkpointing": False, "deepspeed_plugin": None, "bf16": True, "fp16": False, "batching": None,
         "per_device_train_batch_size": 2, "max_tokens_per_batch": None, "gradient_accumulation_steps": 1,
         "world_size": 1,
     }  # fmt: skip
