@@ -43,6 +43,7 @@ def train(settings: Settings) -> None:
     from dft.model.adapters import check_adapters
     from dft.model.fit import check_fit
     from dft.model.loading import computes_in_16_bits, load_config, load_model, load_model_tokenizer
+    from dft.model.memory import warn_if_too_large
     from dft.tracking.results import present_run, save_evaluation, save_run
     from dft.tracking.run_info import describe_run
     from dft.tracking.tracker_checks import check_trackers
@@ -68,6 +69,7 @@ def train(settings: Settings) -> None:
     about = describe_run(settings, data) if args.do_train else {}
     report_to = start_trackers(args, trackers, about, steps_done) if args.do_train else []
     model = load_model(model_config, adapters, args, config, tokenizer, attention)
+    warn_if_too_large(model, settings, int(data.lengths.max(initial=1)))
     trainer = make_trainer(settings, model, tokenizer, data, plan, report_to=report_to, made_with=made_with)
     if not args.do_train:
         save_evaluation(trainer)

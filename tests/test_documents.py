@@ -29,6 +29,7 @@ OTHERS = [
     "docs/metrics.md",
     "docs/objectives.md",
     "docs/adapters.md",
+    "docs/scaling.md",
     "ds_config/README.md",
     "examples/eval/README.md",
 ]
@@ -47,6 +48,8 @@ FLAGS_OF_OTHERS = {
     *("--names", "--output"),  # of plot_runs.py and export.py, evaluate.py
     *("--model", "--model_args", "--tasks", "--include_path", "--apply_chat_template"),  # of lm-evaluation-harness
     *("--batch_size", "--output_path", "--log_samples", "--metadata"),
+    *("--gpus", "--gpu_memory", "--method", "--zero_stage", "--offload"),  # of estimate_memory.py
+    *("--supervised", "--lora_r", "--quick"),
 }
 OPTIONS = set(known_options(load_listing()))
 

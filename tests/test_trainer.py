@@ -242,15 +242,20 @@ def test_what_would_change_the_loss_is_refused(make_trainer, settings, message):
 def test_deepspeed_configurations_differ_in_what_they_say():
     """Everything that the Trainer must fill in is auto; ZeRO-3 gathers the weights when it saves."""
     configs = {path.stem: json.loads(path.read_text()) for path in (ROOT / "ds_config").glob("*.json")}
-    assert set(configs) == {"zero2", "zero3", "zero3_offload"}
+    offloads = {"zero2_offload": "optimizer", "zero3_offload_optimizer": "optimizer", "zero3_offload": "both"}
+    assert set(configs) == {"zero1", "zero2", "zero3", *offloads}
     for name, config in configs.items():
         for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
             assert config[key] == "auto"
         assert config["bf16"]["enabled"] == config["fp16"]["enabled"] == "auto"
         zero = config["zero_optimization"]
-        assert zero["stage"] == (2 if name == "zero2" else 3)
-        assert zero.get("stage3_gather_16bit_weights_on_model_save", name == "zero2")
-        assert zero.get("offload_param", {}).get("device", "none") == ("cpu" if "offload" in name else "none")
+        assert zero["stage"] == int(name.removeprefix("zero")[0])
+        assert zero.get("stage3_gather_16bit_weights_on_model_save", zero["stage"] < 3)
+        of_weights, of_states = (
+            zero.get(key, {}).get("device", "none") for key in ("offload_param", "offload_optimizer")
+        )
+        assert of_weights == ("cpu" if offloads.get(name) == "both" else "none")
+        assert of_states == ("cpu" if name in offloads else "none")
 
 
 def test_loss_weights_reach_the_loss(make_trainer, tokenizer):
