@@ -252,9 +252,7 @@ def described(setting: Setting) -> str:
 
 
 def launch_line(model: str, job: Job, setting: Setting) -> str:
-    """The command that starts the training, or how to start it where no flag does."""
-    if job.method != "full":
-        return "There are no flags for adapters: train such a model from Python, with these settings (README, Limits)."
+    """The command that starts the training."""
     name = FILES[setting.stage, setting.offload]
     launcher = "deepspeed" if name else "torchrun" if job.gpus > 1 else "python"
     variables = {"MODEL": model, "DATA": "train.jsonl", "OUTPUT_DIR": "outputs/dft", "LAUNCHER": launcher}
@@ -269,6 +267,10 @@ def launch_line(model: str, job: Job, setting: Setting) -> str:
         "--activation_checkpointing": setting.recompute,
         "--loss_chunk_mb": f"{job.chunk_mb:g}",
     }
+    if job.method != "full":
+        flags |= {"--use_peft": True, "--lora_r": job.lora_r, "--learning_rate": "2e-4"}
+    if job.method == "qlora":
+        flags["--load_in_4bit"] = True
     before = " ".join(f"{key}={shlex.quote(value) if value else ''}" for key, value in variables.items())
     return f"{before} \\\nbash scripts/train.sh " + " ".join(f"{key} {value}" for key, value in flags.items())
 

@@ -4,10 +4,11 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from dft.config.command_line import parse_args
+from dft.config.command_line import Settings, parse_args
 from dft.errors import UserError
 from scripts.estimate_memory import FILES, Setting, main
 from tests.helpers import ROOT, environment_of
@@ -38,19 +39,23 @@ def test_all_settings_are_listed(estimate):
     assert all((ROOT / "ds_config" / name).is_file() for name in FILES.values() if name)
 
 
+def parsed(text: str, output_dir: Path) -> tuple[dict[str, str], Settings]:
+    """The variables of the command that is printed, and what train_dft.py makes of its flags."""
+    words = shlex.split(text[text.index("MODEL=") :].replace("\\\n", ""))
+    variables = dict(word.split("=", 1) for word in words[: words.index("bash")])
+    flags = words[words.index("scripts/train.sh") + 1 :]
+    files = ["--model_name_or_path", variables["MODEL"], "--data_files", variables["DATA"]]
+    return variables, parse_args([*files, "--output_dir", str(output_dir), *flags])
+
+
 def test_the_command_is_one_that_the_program_takes(estimate, tmp_path):
     """The flags are parsed as train_dft.py parses them, and the variables are those of train.sh."""
     text = estimate("--gpus", "2", "--zero_stage", "2", "--per_device_train_batch_size", "3", "--offload", "none")
-    command = text[text.index("MODEL=") :].replace("\\\n", "")
-    words = shlex.split(command)
-    variables = dict(word.split("=", 1) for word in words[: words.index("bash")])
+    variables, settings = parsed(text, tmp_path)
     assert variables["DS_CONFIG"] == "ds_config/zero2.json"
-    assert variables["LAUNCHER"], variables["NPROC"] == ("deepspeed", "2")
+    assert (variables["LAUNCHER"], variables["NPROC"]) == ("deepspeed", "2")
     script = (ROOT / "scripts" / "train.sh").read_text()
     assert all(f"#     {name}" in script or f"{name}," in script for name in ("LAUNCHER", "NPROC", "DS_CONFIG"))
-    flags = words[words.index("scripts/train.sh") + 1 :]
-    files = ["--model_name_or_path", variables["MODEL"], "--data_files", variables["DATA"]]
-    settings = parse_args([*files, "--output_dir", str(tmp_path), *flags])
     assert settings.data.max_length == 64
     assert settings.training.per_device_train_batch_size == 3
     assert settings.training.bf16
@@ -94,10 +99,13 @@ def test_where_nothing_fits_it_says_what_would_help(estimate):
     assert "bash" not in text
 
 
-def test_adapters_have_no_command(estimate):
-    text = estimate("--method", "qlora", "--zero_stage", "0")
-    assert "no flags for adapters" in text
-    assert "bash" not in text
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_the_command_trains_adapters_if_they_are_asked_for(estimate, tmp_path, method):
+    text = estimate("--method", method, "--zero_stage", "0", *([] if method == "full" else ["--lora_r", "8"]))
+    _, settings = parsed(text, tmp_path)
+    assert settings.adapters.use_peft == (method != "full")
+    assert settings.adapters.load_in_4bit == (method == "qlora")
+    assert method == "full" or (settings.adapters.lora_r, settings.training.learning_rate) == (8, 2e-4)
 
 
 @pytest.mark.parametrize(
