@@ -58,6 +58,12 @@ def join_for_deepspeed(timeout: timedelta) -> dict[str, bool]:
     return {"use_configured_state": True}
 
 
+def join_on_cpu(timeout: timedelta) -> None:
+    """Joins the process group of a launcher over gloo, where TrainingArguments would join it without the time-out."""
+    if "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=timeout)
+
+
 def free_port() -> str:
     """Finds a TCP port of this machine that nothing listens on at the moment."""
     with socket.socket() as probe:
@@ -96,6 +102,7 @@ def gather_from_all(value: T) -> tuple[list[T], list[str]]:
     Raises:
         SharedUserError: on every rank, if one has failed before it came here, see tell_failure.
     """
+    PartialState()  # joins the ranks, if nothing has yet
     with _gloo_group(MEETING_TIMEOUT) as group:
         return _exchange(group, None, value)
 
@@ -109,6 +116,11 @@ def stop_listening() -> None:
     _others_listen = False
 
 
+def others_listen() -> bool:
+    """Whether the other ranks are still to come to a gathering, where they would hear of a failure of this one."""
+    return _others_listen
+
+
 def tell_failure(message: str) -> str:
     """Tells the ranks of all nodes that this one fails, in place of the gathering that it would have come to next.
 
@@ -117,7 +129,7 @@ def tell_failure(message: str) -> str:
     Returns:
         On which nodes the run fails and on which it doesn't; empty if they all fail alike, or if nobody listens.
     """
-    if not _others_listen:
+    if not others_listen():
         return ""
     try:
         if not dist.is_initialized():
@@ -134,12 +146,18 @@ def tell_failure(message: str) -> str:
 
 @contextmanager
 def _gloo_group(timeout: timedelta) -> Iterator[dist.ProcessGroup | None]:
-    """A group of all ranks, which waits on the processor; None for one process without a group."""
-    if not dist.is_initialized() and PartialState().num_processes == 1:
+    """A group of all ranks, which waits on the processor; None for one process, which needs no network."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
         yield None
         return
-    group = dist.new_group(backend="gloo", timeout=timeout)
-    yield group
+    try:
+        group = dist.new_group(backend="gloo", timeout=timeout)
+        yield group
+    except UserError:
+        raise  # which all ranks have heard of, in this group
+    except BaseException:
+        stop_listening()  # the others notice the end of this process in the group, or are those that have ended
+        raise
     # not after an exception: a group that has lost a peer would wait for it
     dist.destroy_process_group(group)
 

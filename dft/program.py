@@ -41,7 +41,8 @@ def program() -> Iterator[None]:
     A UserError ends the program with status 2, and the first rank of each node prints its message on stderr. A
     launcher kills all ranks of a node as soon as one has ended, so the others wait for the first to end; they print
     the message themselves only if nothing has killed them by then. The ranks of other nodes are told, so that they
-    don't wait for this one. Other exceptions pass through. Nothing that follows in the file is run.
+    don't wait for this one. Other exceptions pass through; before the training, other nodes are told of them too.
+    Nothing that follows in the file is run.
     """
     status = 0
     try:
@@ -49,6 +50,12 @@ def program() -> Iterator[None]:
     except UserError as error:
         _print_error(error)
         status = USER_ERROR_STATUS
+    except Exception as error:
+        if not _is_awaited():
+            raise
+        sys.excepthook(type(error), error, error.__traceback__)  # before the others have come, which may take minutes
+        _tell_failure(f"{type(error).__name__}: {error}\nThe traceback is in the output of that node.")
+        status = 1
     dist = _process_group()
     if dist is not None:
         dist.destroy_process_group()
@@ -60,15 +67,28 @@ def _print_error(error: UserError) -> None:
     message = f"error: {error}"
     if is_first:
         print(message, file=sys.stderr, flush=True)
-    if spans_nodes() and not isinstance(error, SharedUserError):
-        from dft.distributed import tell_failure  # imports torch
-
-        remark = tell_failure(str(error))
+    if not isinstance(error, SharedUserError) and _is_awaited():
+        remark = _tell_failure(str(error))
         if is_first and remark:
             print(remark, file=sys.stderr, flush=True)
     if not is_first:
         time.sleep(ERROR_GRACE_SECONDS)
         print(message, file=sys.stderr, flush=True)
+
+
+def _is_awaited() -> bool:
+    """Whether processes of other nodes would wait for this one, if it ended without a word."""
+    if not spans_nodes():
+        return False
+    from dft.distributed import others_listen  # imports torch
+
+    return others_listen()
+
+
+def _tell_failure(message: str) -> str:
+    from dft.distributed import tell_failure  # imports torch
+
+    return tell_failure(message)
 
 
 def end_process(status: int) -> NoReturn:

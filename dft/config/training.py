@@ -15,7 +15,7 @@ from transformers.utils import is_liger_kernel_available
 
 from dft.config.options import option
 from dft.config.training_checks import check_training, rows_of_batch, tracker_names
-from dft.distributed import has_accelerator, join_for_deepspeed
+from dft.distributed import has_accelerator, join_for_deepspeed, join_on_cpu
 from dft.errors import UserError
 from dft.interface import set_gloo_interface
 
@@ -118,11 +118,14 @@ class DFTTrainingArguments(TrainingArguments):
                 raise UserError("--fp16 needs a GPU and there is none here: drop it")
             self.use_cpu = True
         set_gloo_interface()
+        timeout = timedelta(seconds=self.ddp_timeout)
         if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-            configured = join_for_deepspeed(timedelta(seconds=self.ddp_timeout))
+            configured = join_for_deepspeed(timeout)
             if configured and self.accelerator_config is not None:
                 raise UserError("--accelerator_config can't be combined with DeepSpeed on CPU: drop it")
             self.accelerator_config = configured or self.accelerator_config
+        elif self.use_cpu and self.ddp_backend in (None, "gloo"):
+            join_on_cpu(timeout)
         super().__post_init__()
         if self.accelerator_config.dispatch_batches or self.accelerator_config.split_batches:
             raise UserError(

@@ -197,31 +197,33 @@ def test_an_error_says_which_nodes_have_it():
 # ---- two processes ------------------------------------------------------------------------------
 
 TWO_NODES = """
-import sys
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+from dft.config.training import DFTTrainingArguments
 from dft.distributed import once_per_node
 from dft.errors import UserError
 from dft.program import program
-import torch.distributed as dist
-from accelerate import PartialState
 
 with program():
-    state = PartialState(cpu=True, backend="gloo")
-    assert once_per_node(lambda: state.process_index) == state.process_index
-    if state.process_index == 1:
-        raise UserError("no data here")
+    rank = DFTTrainingArguments(output_dir=".", ddp_timeout=99).process_index
+    assert dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=99)
+    assert once_per_node(lambda: rank) == rank
+    if rank == 1:
+        raise {}("no data here")
     once_per_node(lambda: print("WORK"))
 """
 
 
-def test_a_rank_that_fails_is_heard_of_before_work_begins_elsewhere():
-    """Each process takes itself for a node. Without being told, the other would wait for the one that has ended."""
+def run_two_nodes(exception: str) -> tuple[list[int], list[str], list[str]]:
+    """Exit statuses, stdout and stderr of two processes, each of which takes itself for a node."""
     port = free_port()
     places = [
         {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port} for rank in (0, 1)
     ]
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", TWO_NODES],
+            [sys.executable, "-c", TWO_NODES.format(exception)],
             cwd=ROOT,
             env=environment_of(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo", **place),
             stdout=subprocess.PIPE,
@@ -230,11 +232,26 @@ def test_a_rank_that_fails_is_heard_of_before_work_begins_elsewhere():
         )
         for place in places
     ]
-    (work, first), (_, second) = (process.communicate(timeout=TIMEOUT) for process in started)
-    assert [process.returncode for process in started] == [2, 2], first + second
+    outputs = [process.communicate(timeout=TIMEOUT) for process in started]
+    return [process.returncode for process in started], *map(list, zip(*outputs, strict=True))
+
+
+def test_a_rank_that_fails_is_heard_of_before_work_begins_elsewhere():
+    """Without being told, the other would wait for the one that has ended."""
+    statuses, (work, _), (first, second) = run_two_nodes("UserError")
+    assert statuses == [2, 2], first + second
     assert "WORK" not in work
     assert re.search(r"(?m)^error: node 1 \(.*\): no data here\nnode 0 \(.*\): no such error\.", first)
     assert re.search(r"(?m)^error: no data here\nnode 1 \(.*\): the error above\nnode 0 \(.*\): no such", second)
+
+
+def test_an_unexpected_exception_is_heard_of_too():
+    statuses, (work, _), (first, second) = run_two_nodes("ImportError")
+    assert statuses == [2, 1], first + second
+    assert "WORK" not in work
+    assert re.search(r"(?m)^error: node 1 \(.*\): ImportError: no data here\nThe traceback is in", first)
+    assert second.count("ImportError: no data here") == 1
+    assert "Traceback" in second
 
 
 def test_a_rank_that_fails_in_training_does_not_wait_for_the_others(monkeypatch):
