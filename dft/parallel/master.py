@@ -32,8 +32,7 @@ def wait_for_master(
     Raises:
         UserError: the host can't be reached, or nothing listens on the port.
     """
-    began = time.monotonic()
-    is_announced = False
+    began, was_there = time.monotonic(), None
     while True:
         try:
             socket.create_connection((address, port), timeout=ATTEMPT_SECONDS).close()
@@ -42,12 +41,13 @@ def wait_for_master(
             is_there, reason = True, "connection refused"
         except OSError as error:
             is_there, reason = False, str(error.strerror or error)
-        waited, limit = time.monotonic() - began, not_started if is_there else unreachable
+        limit = not_started if is_there else unreachable
+        if is_there != was_there:  # also a host that comes up, and then takes its time to start
+            print(f"Waiting up to {limit:.0f} s for the master {address}:{port} ({reason})", flush=True)
+            began, was_there = time.monotonic(), is_there
+        waited = time.monotonic() - began
         if waited > limit:
             raise UserError(_message(address, port, is_there, reason, waited))
-        if not is_announced:
-            print(f"Waiting up to {limit:.0f} s for the master {address}:{port} ({reason})", flush=True)
-            is_announced = True
         time.sleep(min(PAUSE_SECONDS, limit))
 
 
