@@ -44,6 +44,7 @@ def train(settings: Settings) -> None:
     from dft.model.fit import check_fit
     from dft.model.loading import computes_in_16_bits, load_config, load_model, load_model_tokenizer
     from dft.model.memory import warn_if_too_large
+    from dft.parallel.agreement import agree_on_data, agree_on_settings
     from dft.tracking.results import present_run, save_evaluation, save_run
     from dft.tracking.run_info import describe_run
     from dft.tracking.tracker_checks import check_trackers
@@ -51,6 +52,7 @@ def train(settings: Settings) -> None:
 
     model_config, adapters, data_config, loss_config, _, args = settings
     start_logging(settings)
+    agree_on_settings(settings, args)
     check_adapters(adapters, model_config)
     checkpoint, steps_done = find_checkpoint(args) if args.do_train else (None, 0)
     trackers = check_trackers(args) if args.do_train and not data_config.dry_run else {}
@@ -64,6 +66,7 @@ def train(settings: Settings) -> None:
     if data_config.dry_run:
         return
     made_with = once_per_node(partial(run_facts, args, loss_config, config, data.train, plan)) | adapters.facts
+    agree_on_data(made_with, data, steps_done, attention)
     if checkpoint is not None:
         compare_facts(checkpoint, made_with, go_on=args.resume_anyway)
     about = describe_run(settings, data) if args.do_train else {}

@@ -3,3 +3,7 @@
 
 class UserError(ValueError):
     """A mistake that the user can mend. The message says what was given, what is allowed and what to do."""
+
+
+class SharedUserError(UserError):
+    """A UserError that all ranks raise together, so that no rank has to be told of it."""

@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import NoReturn
 
-from dft.errors import UserError
+from dft.errors import SharedUserError, UserError
+from dft.launched import local_rank, spans_nodes
 
 USER_ERROR_STATUS = 2
-ERROR_GRACE_SECONDS = 30.0  # other ranks wait this long for rank 0's message before they print their own
+ERROR_GRACE_SECONDS = 30.0  # the other ranks of a node wait this long before they print the message themselves
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -37,22 +38,57 @@ def _process_group() -> ModuleType | None:
 def program() -> Iterator[None]:
     """Runs a whole program: turns a UserError into one message, leaves the process group, and ends the process.
 
-    A UserError ends the program with status 2, and rank 0 prints its message on stderr. A launcher kills all ranks as
-    soon as one has ended, so the others wait for rank 0 to end first; they print the message themselves only if
-    nothing has killed them by then. Other exceptions pass through. Nothing that follows in the file is run.
+    A UserError ends the program with status 2, and the first rank of each node prints its message on stderr. A
+    launcher kills all ranks of a node as soon as one has ended, so the others wait for the first to end; they print
+    the message themselves only if nothing has killed them by then. The ranks of other nodes are told, so that they
+    don't wait for this one. Other exceptions pass through; before the training, other nodes are told of them too.
+    Nothing that follows in the file is run.
     """
     status = 0
     try:
         yield
     except UserError as error:
-        if rank_and_world_size()[0] > 0:
-            time.sleep(ERROR_GRACE_SECONDS)
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        _print_error(error)
         status = USER_ERROR_STATUS
+    except Exception as error:
+        if not _is_awaited():
+            raise
+        sys.excepthook(type(error), error, error.__traceback__)  # before the others have come, which may take minutes
+        _tell_failure(f"{type(error).__name__}: {error}\nThe traceback is in the output of that node.")
+        status = 1
     dist = _process_group()
     if dist is not None:
         dist.destroy_process_group()
     end_process(status)
+
+
+def _print_error(error: UserError) -> None:
+    is_first = local_rank() == 0
+    message = f"error: {error}"
+    if is_first:
+        print(message, file=sys.stderr, flush=True)
+    if not isinstance(error, SharedUserError) and _is_awaited():
+        remark = _tell_failure(str(error))
+        if is_first and remark:
+            print(remark, file=sys.stderr, flush=True)
+    if not is_first:
+        time.sleep(ERROR_GRACE_SECONDS)
+        print(message, file=sys.stderr, flush=True)
+
+
+def _is_awaited() -> bool:
+    """Whether processes of other nodes would wait for this one, if it ended without a word."""
+    if not spans_nodes():
+        return False
+    from dft.distributed import others_listen  # imports torch
+
+    return others_listen()
+
+
+def _tell_failure(message: str) -> str:
+    from dft.distributed import tell_failure  # imports torch
+
+    return tell_failure(message)
 
 
 def end_process(status: int) -> NoReturn:

@@ -15,7 +15,9 @@
 #     LOG_FILE     the log file; default a new one in LOG_DIR, named by the time
 #     BACKGROUND   1 detaches the run from the terminal and returns at once
 #     MASTER_ADDR, MASTER_PORT, NNODES, NODE_RANK    for several nodes with torchrun or accelerate
-#     HOSTFILE     for several nodes with deepspeed: a file with a line such as "worker-0 slots=8" for each
+#     HOSTFILE     for several nodes with deepspeed: a file with a line such as "worker-0 slots=8" for each; started
+#                  over ssh, or without ssh by this script on every node with MASTER_ADDR and NODE_RANK
+# docs/multi_node.md says more about several nodes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -32,6 +34,10 @@ fail() {
     fail "LAUNCHER=$LAUNCHER; it must be deepspeed, torchrun, accelerate or python"
 [[ "$LAUNCHER" != deepspeed || "${NNODES:-1}" == 1 || -n "${HOSTFILE:-}" ]] ||
     fail "NNODES=$NNODES with LAUNCHER=deepspeed: name the nodes in a HOSTFILE, or use LAUNCHER=torchrun on every node"
+has_nodes=0
+if [[ "${NNODES:-1}" != 1 || ( "$LAUNCHER" == deepspeed && -n "${HOSTFILE:-}" ) ]]; then has_nodes=1; fi
+[[ "$has_nodes" == 0 || -z "${NODE_RANK:-}" || -n "${MASTER_ADDR:-}" ]] ||
+    fail "NODE_RANK=$NODE_RANK of several nodes without MASTER_ADDR: give the name or address of node 0"
 
 mkdir -p "$(dirname "$LOG_FILE")"
 if [[ "${BACKGROUND:-0}" == 1 ]]; then
@@ -69,6 +75,9 @@ case "$LAUNCHER" in
         command=(deepspeed --master_port "$MASTER_PORT")
         if [[ -n "${HOSTFILE:-}" ]]; then
             command+=(--hostfile "$HOSTFILE")
+            if [[ -n "${NODE_RANK:-}" ]]; then
+                command+=(--no_ssh --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR")
+            fi
         elif [[ -n "$gpus" ]]; then
             # deepspeed overwrites CUDA_VISIBLE_DEVICES, so it must be given the GPUs this way
             command+=(--include "localhost:$gpus")
@@ -111,6 +120,11 @@ if [[ -n "$DS_CONFIG" ]]; then
     done
     python -m dft.operators "$DS_CONFIG" 2>&1 | tee -a "$LOG_FILE" ||
         fail "an operator of DeepSpeed could not be built: see the compiler's messages above"
+fi
+
+# The launchers would try for 15 minutes, and end with traces from C++.
+if [[ "$has_nodes" == 1 && "${NODE_RANK:-0}" != 0 ]]; then
+    python -m dft.parallel.master "$MASTER_ADDR" "$MASTER_PORT" 2>&1 | tee -a "$LOG_FILE" || exit 2
 fi
 
 # The run gets its own process group, so that all ranks can be ended when this script is.

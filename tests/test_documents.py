@@ -27,6 +27,7 @@ OTHERS = [
     "docs/flags.md",
     "docs/loss.md",
     "docs/metrics.md",
+    "docs/multi_node.md",
     "docs/objectives.md",
     "docs/adapters.md",
     "docs/scaling.md",

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, Literal
 
 from accelerate.utils import DynamoBackend
@@ -14,8 +15,9 @@ from transformers.utils import is_liger_kernel_available
 
 from dft.config.options import option
 from dft.config.training_checks import check_training, rows_of_batch, tracker_names
-from dft.distributed import has_accelerator, join_for_deepspeed
+from dft.distributed import has_accelerator, join_for_deepspeed, join_on_cpu
 from dft.errors import UserError
+from dft.interface import set_gloo_interface
 
 logger = logging.getLogger(__name__)
 TRACKERS = tuple(INTEGRATION_TO_CALLBACK)
@@ -91,6 +93,11 @@ class DFTTrainingArguments(TrainingArguments):
     resume_from_checkpoint: str | None = option(
         "Checkpoint directory to go on from; 'last' for that of --output_dir with the highest step."
     )
+    ddp_timeout: int = option(
+        "Seconds that a process waits in a collective before it takes the others for dead. Preparing data is not "
+        "limited by it; saving a checkpoint by one process is.",
+        900,
+    )
     resume_anyway: bool = option(
         "Go on from a checkpoint that was made with other data, batches, objective, model or number of processes, "
         "which is refused otherwise.",
@@ -110,11 +117,15 @@ class DFTTrainingArguments(TrainingArguments):
             if self.fp16:
                 raise UserError("--fp16 needs a GPU and there is none here: drop it")
             self.use_cpu = True
+        set_gloo_interface()
+        timeout = timedelta(seconds=self.ddp_timeout)
         if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-            configured = join_for_deepspeed()
+            configured = join_for_deepspeed(timeout)
             if configured and self.accelerator_config is not None:
                 raise UserError("--accelerator_config can't be combined with DeepSpeed on CPU: drop it")
             self.accelerator_config = configured or self.accelerator_config
+        elif self.use_cpu and self.ddp_backend in (None, "gloo"):
+            join_on_cpu(timeout)
         super().__post_init__()
         if self.accelerator_config.dispatch_batches or self.accelerator_config.split_batches:
             raise UserError(

@@ -1,6 +1,7 @@
 """The command that scripts/train.sh builds, seen by stand-ins for the launchers."""
 
 import os
+import socket
 
 import pytest
 
@@ -45,13 +46,20 @@ def test_gpus_are_chosen_for_the_other_launchers(launched):
     call = launched(LAUNCHER="torchrun", CUDA_VISIBLE_DEVICES="4,5,6", NPROC="2")
     assert "--nproc-per-node 2" in call
     assert call.endswith("visible=4,5")
-    nodes = {"NNODES": "8", "NODE_RANK": "3", "MASTER_ADDR": "worker-0", "CUDA_VISIBLE_DEVICES": "0,1"}
-    call = launched(LAUNCHER="torchrun", **nodes)
-    assert "--nnodes 8 --node-rank 3 --master-addr worker-0 --master-port 1234 --nproc-per-node 2" in call
-    call = launched(LAUNCHER="accelerate", **nodes)
-    assert "--num_machines 8 --machine_rank 3 --main_process_ip worker-0 --main_process_port 1234" in call
-    assert "--num_processes 16" in call
-    assert "--multi_gpu" in call
+
+
+def test_nodes_are_told_to_every_launcher(launched):
+    with socket.create_server(("127.0.0.1", 0)) as master:  # which is waited for
+        port = master.getsockname()[1]
+        nodes = {"NODE_RANK": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": "0,1"}
+        call = launched(LAUNCHER="torchrun", NNODES="8", **nodes)
+        assert f"--nnodes 8 --node-rank 3 --master-addr 127.0.0.1 --master-port {port} --nproc-per-node 2" in call
+        call = launched(LAUNCHER="accelerate", NNODES="8", **nodes)
+        assert f"--num_machines 8 --machine_rank 3 --main_process_ip 127.0.0.1 --main_process_port {port}" in call
+        assert "--num_processes 16" in call
+        assert "--multi_gpu" in call
+        call = launched(HOSTFILE="hosts", **nodes)
+        assert f"--master_port {port} --hostfile hosts --no_ssh --node_rank 3 --master_addr 127.0.0.1" in call
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,79 @@
+"""The network interface over which a node reaches the master, for gloo.
+
+Gloo listens on the address that the host's name resolves to. That is often 127.0.0.1, which no other node can reach.
+The kernel's route to the master names the right interface. NCCL finds an interface by itself.
+"""
+
+import fcntl
+import ipaddress
+import os
+import socket
+import struct
+from pathlib import Path
+
+from dft.launched import spans_nodes
+
+VARIABLES = ("GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME")  # TP: of torch's RPC
+GET_ADDRESS = 0x8915  # SIOCGIFADDR
+SOMEWHERE_ELSE = "192.0.2.1"  # an address for documentation, which nobody has; its route is the default route
+
+
+def set_gloo_interface() -> None:
+    """Sets GLOO_SOCKET_IFNAME where processes run on several nodes, unless the user has set it.
+
+    It must be called before the process joins a group.
+    """
+    master = os.environ.get("MASTER_ADDR")
+    if not spans_nodes() or master is None or os.environ.get(VARIABLES[0]):
+        return
+    name = find_interface(master)
+    if name is not None:
+        for variable in VARIABLES:
+            os.environ.setdefault(variable, name)
+
+
+def find_interface(master: str) -> str | None:
+    """The interface of the route to `master`; None if there is none, or only the loopback.
+
+    On the master itself its name may resolve to the loopback. Then the interface of the default route is taken.
+    """
+    for host in (master, SOMEWHERE_ELSE):
+        address = local_address(host)
+        if address is not None and not ipaddress.ip_address(address).is_loopback:
+            return interface_of(address)
+    return None
+
+
+def local_address(host: str) -> str | None:
+    """The address that this machine has on the route to `host`; None if there is no route. Nothing is sent."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(address)
+            return probe.getsockname()[0].partition("%")[0]
+    except OSError:
+        return None
+
+
+def interface_of(address: str) -> str | None:
+    """The name of the interface that has an IPv4 or IPv6 address; None if none has it."""
+    wanted = ipaddress.ip_address(address)
+    if wanted.version == 6:
+        return _ipv6_interfaces().get(wanted.packed.hex())
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode()[:15])
+            try:
+                found = fcntl.ioctl(probe.fileno(), GET_ADDRESS, request)[20:24]
+            except OSError:  # it has no IPv4 address
+                continue
+            if found == wanted.packed:
+                return name
+    return None
+
+
+def _ipv6_interfaces() -> dict[str, str]:
+    """{address as 32 hexadecimal digits: interface}."""
+    table = Path("/proc/net/if_inet6")
+    lines = table.read_text().splitlines() if table.exists() else []
+    return {words[0]: words[5] for words in map(str.split, lines)}

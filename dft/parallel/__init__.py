@@ -1,0 +1,1 @@
+"""Several processes and nodes: what they must have in common, and how they reach each other."""
