@@ -46,6 +46,7 @@ FLAGS_OF_OTHERS = {
     *("--help", "--size"),  # of all programs, of a benchmark
     *("--minutes", "--parts", "--tiny", "--limit"),  # of benchmarks/gpu
     *("--logdir", "--port"),  # of TensorBoard
+    *("--nodes", "--gpus-per-node"),  # of SLURM
     *("--names", "--output"),  # of plot_runs.py and export.py, evaluate.py
     *("--model", "--model_args", "--tasks", "--include_path", "--apply_chat_template"),  # of lm-evaluation-harness
     *("--batch_size", "--output_path", "--log_samples", "--metadata"),
