@@ -71,9 +71,11 @@ def _softmax_gradient(
     total = tl.zeros([BLOCK], tl.float32)
     moment = tl.zeros([BLOCK], tl.float32)  # sum(exp(z) z)
     squares = tl.zeros([BLOCK], tl.float32)  # sum(exp(z)**2)
+    picked = tl.zeros([BLOCK], tl.float32)  # the target's logit in its lane; `out` may take its place in memory later
     for start in range(0, vocab_size, BLOCK):
         places = start + lanes
         z = tl.load(z_pointer + places, mask=places < vocab_size, other=float("-inf"))
+        picked = tl.where(places == target, z, picked)
         step = z - top
         smaller = tl.exp(-tl.abs(step))
         is_greater = step > 0
@@ -91,7 +93,7 @@ def _softmax_gradient(
     moment = tl.sum((moment + step * total) * shrink, 0)
     squares = tl.sum(squares * shrink * shrink, 0)
     total = tl.sum(total * shrink, 0)
-    of_target = tl.load(z_pointer + target)
+    of_target = tl.sum(picked, 0)
     entropy = tl.log(total) - moment / total
     result_pointer += 4 * row
     tl.store(result_pointer, greatest - of_target + tl.log(total))
