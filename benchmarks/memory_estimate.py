@@ -79,7 +79,7 @@ def estimated_on_gpu(repeats_heads: bool) -> float:
     config = Qwen3Config(**STEP_SIZES["0.6b"], tie_word_embeddings=True, use_cache=False)
     how = Computation(1, GPU_TOKENS, torch.bfloat16, autocast=True, recompute=False)
     batch = Batch(GPU_TOKENS, round(GPU_SUPERVISED * GPU_TOKENS))
-    with mock.patch.object(activations, "kernel_repeats_heads", return_value=repeats_heads):
+    with mock.patch.object(activations, "kernel_groups_heads", return_value=not repeats_heads):
         counted = count_activations(config, how)
     sizes = model_sizes(build_model(config, torch.bfloat16))
     return estimate(sizes, counted, batch, plain_precision(torch.bfloat16, True, False), Zero()).total / MIB

@@ -4,17 +4,15 @@ Gloo listens on the address that the host's name resolves to. That is often 127.
 The kernel's route to the master names the right interface. NCCL finds an interface by itself.
 """
 
-import fcntl
 import ipaddress
 import os
 import socket
-import struct
-from pathlib import Path
+
+import psutil
 
 from dft.launched import spans_nodes
 
 VARIABLES = ("GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME")  # TP: of torch's RPC
-GET_ADDRESS = 0x8915  # SIOCGIFADDR
 SOMEWHERE_ELSE = "192.0.2.1"  # an address for documentation, which nobody has; its route is the default route
 
 
@@ -58,22 +56,8 @@ def local_address(host: str) -> str | None:
 def interface_of(address: str) -> str | None:
     """The name of the interface that has an IPv4 or IPv6 address; None if none has it."""
     wanted = ipaddress.ip_address(address)
-    if wanted.version == 6:
-        return _ipv6_interfaces().get(wanted.packed.hex())
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            request = struct.pack("256s", name.encode()[:15])
-            try:
-                found = fcntl.ioctl(probe.fileno(), GET_ADDRESS, request)[20:24]
-            except OSError:  # it has no IPv4 address
-                continue
-            if found == wanted.packed:
-                return name
+    for name, addresses in psutil.net_if_addrs().items():
+        of_ip = [one.address for one in addresses if one.family in (socket.AF_INET, socket.AF_INET6)]
+        if wanted in [ipaddress.ip_address(text.partition("%")[0]) for text in of_ip]:
+            return name
     return None
-
-
-def _ipv6_interfaces() -> dict[str, str]:
-    """{address as 32 hexadecimal digits: interface}."""
-    table = Path("/proc/net/if_inet6")
-    lines = table.read_text().splitlines() if table.exists() else []
-    return {words[0]: words[5] for words in map(str.split, lines)}

@@ -93,6 +93,7 @@ def build(name: str) -> None:
 
 
 def main() -> None:
+    """The command line of this module: removes stale locks, and builds what is missing in TORCH_EXTENSIONS_DIR."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", type=Path, help="a configuration of DeepSpeed")
     args = parser.parse_args()

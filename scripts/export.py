@@ -19,6 +19,7 @@ from transformers import logging
 
 from dft.errors import UserError
 from dft.files import path_argument
+from dft.model.adapters import has_tied_head_adapted
 from dft.model.trained import DTYPES, TrainedModel, load_trained
 from dft.program import program
 
@@ -81,9 +82,9 @@ def merge_adapter(trained: TrainedModel) -> TrainedModel:
     if trained.model.active_peft_config.is_prompt_learning:
         kind = trained.model.active_peft_config.peft_type.value
         raise UserError(f"an adapter of the kind {kind} puts tokens before the prompt, and can't be merged")
-    head = trained.model.get_output_embeddings()
-    is_untied = trained.model.config.tie_word_embeddings and hasattr(head, "base_layer")
+    is_untied = has_tied_head_adapted(trained.model)
     if is_untied:
+        head = trained.model.get_output_embeddings()
         head.base_layer.weight = nn.Parameter(head.base_layer.weight.detach().clone())
     merged = trained.model.merge_and_unload()
     if is_untied:

@@ -7,8 +7,6 @@ grows with the number of tokens and not with its square. Registered with transfo
 Shapes: B rows, T tokens of a row, S = B·T tokens of all rows, D documents, E dimensions of a head.
 """
 
-import inspect
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward, use_gqa_in_sdpa
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from dft.attention_kernel import has_kernel, kernel_groups_heads
 from dft.batching.collators import boundaries_from_positions
 
 VARLEN = "varlen"
@@ -28,28 +27,6 @@ def register() -> None:
     """Makes attn_implementation="varlen" known to transformers."""
     AttentionInterface.register(VARLEN, varlen_attention)
     AttentionMaskInterface.register(VARLEN, varlen_mask)
-
-
-@lru_cache
-def _kernel_options() -> frozenset[str]:
-    """The arguments that this PyTorch's kernels take; empty without kernels."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return frozenset()
-    return frozenset(inspect.signature(varlen_attn).parameters)
-
-
-@torch.compiler.assume_constant_result
-def has_kernel() -> bool:
-    """Whether this PyTorch has kernels that take a scale and sliding windows, as from version 2.11 on."""
-    return {"scale", "window_size"} <= _kernel_options()
-
-
-@torch.compiler.assume_constant_result
-def kernel_groups_heads() -> bool:
-    """Whether this PyTorch's kernels take fewer heads of keys than of queries, as from version 2.13 on."""
-    return "enable_gqa" in _kernel_options()
 
 
 def kernel_takes(dtype: torch.dtype, device: torch.device, head_dim: int, dropout: float = 0.0) -> bool:

@@ -86,12 +86,13 @@ class AdapterConfig:
     @property
     def shown(self) -> dict[str, Any]:
         """The settings that have an effect, as people read them; None for what isn't set."""
-        values: dict[str, Any] = {name: getattr(self, name) for name in OF_LORA} if self.use_peft else {}
-        if self.use_peft:
+        values: dict[str, Any] = {}
+        if self.adapter:
+            values["adapter that was gone on from"] = Path(self.adapter).name
+        elif self.use_peft:
+            values = {name: getattr(self, name) for name in OF_LORA}
             values["lora_target_modules"] = " ".join(self.lora_target_modules or ["all linear layers but the head"])
             values["lora_modules_to_save"] = " ".join(self.lora_modules_to_save or []) or None
-        if self.adapter:
-            values = {"adapter that was gone on from": Path(self.adapter).name}
         if self.is_quantized:
             values["weights under the adapters"] = self.bnb_4bit_quant_type if self.load_in_4bit else "8 bits"
         return values

@@ -16,6 +16,7 @@ ObjectiveName = Literal[
 # MB of float32 logits that the fused loss holds at once. Larger chunks save little time: cpu, benchmarks/loss_head.py;
 # cuda, some 1,700 rows of a vocabulary of 150,000, benchmarks/results/gpu.md.
 CHUNK_MB = {"cpu": 48.0, "cuda": 1024.0}
+CHUNKS_OF_GROUP = 6  # whose gradients in 16 bits are held for one product; they take half the room of logits
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from dft.config.loss import CHUNK_MB
+from dft.config.loss import CHUNK_MB, CHUNKS_OF_GROUP
 from dft.loss.from_logits import NO_DATA, TokenData, supervised_rows, weigh
 from dft.loss.softmax import softmax_gradient_
 from dft.loss.statistics import Needs, TokenStatistics, token_statistics
 from dft.loss.token_weight import TokenWeight
-
-CHUNKS_OF_GROUP = 6  # whose gradients in 16 bits are held for one product; they take half the room of logits
 
 
 @dataclass(frozen=True)

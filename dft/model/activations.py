@@ -10,7 +10,6 @@ with its square.
 """
 
 import copy
-import inspect
 import warnings
 import weakref
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedCon
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import set_zero3_state
 
+from dft.attention_kernel import kernel_groups_heads
 from dft.errors import UserError
 
 TRACED = "memory_trace"  # the name of the attention that stands in for a kernel
@@ -139,10 +139,7 @@ def _with_adapters(model: PreTrainedModel, lora_r: int, dtype: torch.dtype) -> P
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise UserError("--method lora and qlora need the package peft: pip install peft") from error
-    head = model.get_output_embeddings()
-    targets = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
-    model.requires_grad_(False)
-    inject_adapter_in_model(LoraConfig(r=lora_r, lora_alpha=2 * lora_r, target_modules=targets), model)
+    inject_adapter_in_model(LoraConfig(r=lora_r, target_modules="all-linear"), model)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
@@ -238,15 +235,6 @@ def _attention(
     batch, heads, length, _ = query.shape
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else value.dtype
     query, key, value = (x.to(dtype).transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    if heads != key.shape[1] and kernel_repeats_heads():
+    if heads != key.shape[1] and not kernel_groups_heads():
         key, value = (x.repeat_interleave(heads // key.shape[1], dim=1) for x in (key, value))
     return _Kernel.apply(query, key, value).unflatten(0, (batch, length)), None
-
-
-def kernel_repeats_heads() -> bool:
-    """Whether PyTorch's kernel needs as many heads of keys as of queries, as before version 2.13."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return True
-    return "enable_gqa" not in inspect.signature(varlen_attn).parameters

@@ -109,8 +109,7 @@ def with_adapters(model: PreTrainedModel, settings: AdapterConfig, seed: int) ->
                 adapted = get_peft_model(model, LoraConfig(**lora_arguments(settings)))
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(_what_is_wrong(error, model, settings)) from error
-    is_tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
-    if settings.takes_of_weights and is_tied and hasattr(adapted.get_output_embeddings(), "base_layer"):
+    if settings.takes_of_weights and has_tied_head_adapted(adapted):
         raise UserError(
             f"--lora_init {settings.lora_init} would change the embedding, to which this model's head is tied: leave "
             "the head out of --lora_target_modules"
@@ -118,6 +117,12 @@ def with_adapters(model: PreTrainedModel, settings: AdapterConfig, seed: int) ->
     logger.info("Adapters: %s parameters are trained", share_trained(adapted))
     _save_only_adapters(adapted, is_converted=settings.takes_of_weights)
     return adapted
+
+
+def has_tied_head_adapted(model: nn.Module) -> bool:
+    """Whether the head is tied to the embedding and has an adapter, which the embedding has not."""
+    is_tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    return is_tied and hasattr(model.get_output_embeddings(), "base_layer")
 
 
 def share_trained(model: nn.Module) -> str | None:

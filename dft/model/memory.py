@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dft.config.command_line import Settings
-from dft.config.loss import CHUNK_MB
+from dft.config.loss import CHUNK_MB, CHUNKS_OF_GROUP
 from dft.errors import UserError
 from dft.model.activations import Activations, Computation, count_activations
 
@@ -25,7 +25,6 @@ logger = logging.getLogger(__name__)
 GIB = 2**30
 CONTEXT = 1.0 * GIB  # what CUDA, NCCL and cuBLAS take before there is a tensor
 FRAGMENTATION = 0.05  # of all tensors: holes that PyTorch's allocator can't use
-CHUNKS_OF_GROUP = 6  # as dft.loss.fused has it
 NF4_BYTES = 0.5 + 4 / 64  # of a weight: 4 bits, and a float32 scale for each block of 64 (arXiv 2305.14314)
 SUB_GROUP = 10**9  # parameters that ZeRO-3 updates at once, DeepSpeed's default of sub_group_size
 

@@ -83,6 +83,7 @@ def agree_on_data(made_with: Mapping[str, Any], prepared: PreparedData, step: in
     """
 
     def find_facts() -> Facts:
+        """What a node has prepared, and goes on from."""
         evaluation = prepared.evaluation
         data = {"rows_of_files": [entry["kept"] for entry in prepared.report["files"]], "channels": prepared.channels}
         data |= {name: made_with.get(name) for name in ("training_rows", "content_of_rows")}

@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 
+from dft import attention_kernel
 from dft.batching import varlen_attention as varlen
 from dft.batching.attention import choose_attention, why_documents_leak
 from dft.batching.flash_attention import model_class_of
@@ -30,7 +31,7 @@ def test_kernels_run_in_16_bits_on_recent_gpus(monkeypatch):
 def test_the_oldest_kernels_are_not_used_and_this_is_said(monkeypatch, caplog):
     """Those of PyTorch 2.10 take neither a scale nor a window."""
     oldest = "query key value cu_seq_q cu_seq_k max_q max_k is_causal return_aux"
-    monkeypatch.setattr(varlen, "_kernel_options", lambda: frozenset(oldest.split()))
+    monkeypatch.setattr(attention_kernel, "kernel_options", lambda: frozenset(oldest.split()))
     assert not varlen.has_kernel()
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

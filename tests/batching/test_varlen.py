@@ -8,6 +8,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from dft import attention_kernel
 from dft.batching import varlen_attention as varlen
 from dft.batching.attention import choose_attention
 from dft.batching.collators import FlatteningCollator, boundary_arguments
@@ -62,11 +63,11 @@ def use_kernel(monkeypatch):
 
     def use(kernel) -> None:
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
-        varlen._kernel_options.cache_clear()
+        attention_kernel.kernel_options.cache_clear()
 
     yield use
     monkeypatch.undo()
-    varlen._kernel_options.cache_clear()
+    attention_kernel.kernel_options.cache_clear()
 
 
 @pytest.mark.parametrize("path", ["document by document", *KERNELS])

@@ -8,7 +8,7 @@ Head = Literal["tied", "untied", "lora", "frozen", "4 bits"]
 Batching = Literal["padded", "padding_free", "packed"]
 
 ENGINES: tuple[Engine, ...] = ("ddp", "zero2", "zero3", "accelerate")  # on two processes
-HEADS: tuple[Head, ...] = ("untied", "lora", "frozen")
+HEADS: tuple[Head, ...] = ("untied", "lora", "frozen", "4 bits")
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,9 @@ CASES: dict[str, Case] = {
     **{f"{engine}, row by row": Case(engine, rows=1, micro_batches=4) for engine in ENGINES},
     **{
         f"{engine}, {head} head": Case(engine, rows=1, micro_batches=4, head=head)
-        for engine in ("ddp", "zero3")
+        for engine in ("ddp", "zero2", "zero3")
         for head in HEADS
     },
-    "zero2, lora head": Case("zero2", rows=1, micro_batches=4, head="lora"),
-    "whole batch, 4 bits": Case("one process", rows=8, head="4 bits"),
-    "ddp, 4 bits": Case("ddp", rows=1, micro_batches=4, head="4 bits"),
-    "zero2, 4 bits": Case("zero2", rows=1, micro_batches=4, head="4 bits"),
-    "zero3, 4 bits": Case("zero3", rows=1, micro_batches=4, head="4 bits"),
     "ddp, padding-free": Case("ddp", rows=2, micro_batches=2, batching="padding_free"),
     "zero2, padding-free": Case("zero2", rows=4, batching="padding_free"),
     "zero3, packed": Case("zero3", rows=2, batching="packed"),

@@ -3,6 +3,7 @@
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -44,7 +45,11 @@ def test_addresses_belong_to_interfaces():
 
 
 def test_an_ipv6_address_belongs_to_an_interface(monkeypatch):
-    monkeypatch.setattr(interface, "_ipv6_interfaces", lambda: {"fd00" + "0" * 27 + "2": "eth7"})
+    addresses = {"lo": ["::1"], "eth7": ["fe80::1%eth7", "fd00::2"]}
+    found = {
+        name: [SimpleNamespace(family=socket.AF_INET6, address=a) for a in own] for name, own in addresses.items()
+    }
+    monkeypatch.setattr(interface.psutil, "net_if_addrs", lambda: found)
     assert interface_of("fd00::2") == "eth7"
 
 
