@@ -2,24 +2,26 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler
 from transformers import Trainer, TrainingArguments
 
-from dft.batching.collators import document_lengths, token_channels
 from dft.batching.leak_check import LeakCheck
 from dft.batching.packing import DOCUMENTS
-from dft.batching.sampler import EpochOrder, FilledRows, SetEpochCallback, token_lengths
+from dft.batching.sampler import EpochOrder, FilledRows, RepeatedBatches, SetEpochCallback, token_lengths
 from dft.checkpoints.trainer import CheckpointTrainer
-from dft.config.loss import CHUNK_MB, LossConfig, Normalization
+from dft.config.loss import CHUNK_MB, LossConfig
 from dft.config.metrics import MetricsConfig
 from dft.config.options import override
+from dft.config.training import DFTTrainingArguments
+from dft.constants import REFERENCE_COLUMN
+from dft.loss.batch import Batch
 from dft.loss.finite_check import FiniteCheck
-from dft.loss.from_logits import TokenData, count_terms, loss_weight_of_tokens, values_of_tokens
+from dft.loss.from_logits import count_terms
 from dft.loss.objectives import Talr, make_objective
 from dft.loss.scorer import Scorer
 from dft.loss.statistics import Needs, TokenStatistics
@@ -31,7 +33,7 @@ from dft.metrics.token_sums import TokenSums, averages, channel_averages, health
 from dft.metrics.training import LogLastStepCallback, TrainingMetrics
 from dft.model.compiled import compile_layers
 from dft.model.tokenizer import special_token_ids
-from dft.reference.rows import COLUMN
+from dft.parallel.ulysses import SequenceGroup
 from dft.reference.trainer import ReferenceTrainer
 from dist_logger import get_logger
 
@@ -113,6 +115,8 @@ class DFTTrainer(ReferenceTrainer, CheckpointTrainer):
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("DFTTrainer computes the loss itself: drop compute_loss_func")
         super().__init__(model, args, **kwargs)
+        size = self.args.sequence_parallel_size if isinstance(self.args, DFTTrainingArguments) else 1
+        self._sequence = SequenceGroup(size, self.model.config) if size > 1 else None
         self.loss_config, self.metrics_config = loss, metrics
         self._refuse_what_changes_the_loss()
         self._warn_if_loss_selects_best()
@@ -153,7 +157,10 @@ class DFTTrainer(ReferenceTrainer, CheckpointTrainer):
     def _refuse_what_changes_the_loss(self) -> None:
         parallelism = getattr(self.accelerator, "parallelism_config", None)
         if parallelism is not None and (parallelism.sp_size > 1 or parallelism.cp_size > 1 or parallelism.tp_size > 1):
-            raise ValueError("DFTTrainer does not support sequence, context or tensor parallelism")
+            raise ValueError(
+                "DFTTrainer does not support context or tensor parallelism; for sequence parallelism, drop "
+                "parallelism_config and give sequence_parallel_size"
+            )
         if self.args.label_smoothing_factor:
             raise ValueError("label_smoothing_factor has no meaning for the DFT loss: set it to 0")
         if self.args.n_gpu > 1:
@@ -200,7 +207,7 @@ class DFTTrainer(ReferenceTrainer, CheckpointTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         """Trainer drops the columns that the model's forward doesn't take; the loss and the collators take more."""
         super()._set_signature_columns_if_needed()
-        more = {"loss_weights", COLUMN, DOCUMENTS, *(["channel"] if self.channels else [])}
+        more = {"loss_weights", REFERENCE_COLUMN, DOCUMENTS, *(["channel"] if self.channels else [])}
         self._signature_columns += more - set(self._signature_columns)
 
     # ---- the loss -------------------------------------------------------------------------------
@@ -215,7 +222,8 @@ class DFTTrainer(ReferenceTrainer, CheckpointTrainer):
         count = torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.int64)
         self._num_batches = len(batches)
         self._finite_check.begin(len(batches))
-        return batches, self.accelerator.reduce(count.to(device), reduction="sum")
+        count = self.accelerator.reduce(count.to(device), reduction="sum")
+        return batches, count // (self._sequence.size if self._sequence else 1)  # each of which has the same batches
 
     def alpha_at(self, step: int) -> float:
         """The alpha of a step, counted from 0."""
@@ -245,31 +253,35 @@ class DFTTrainer(ReferenceTrainer, CheckpointTrainer):
         number of ranks, over which DDP and ZeRO average the gradients; the count is already that of all ranks.
         """
         self._refuse_unwrapped(model)
-        batch = _taken_apart(inputs)
-        inputs, labels = batch.inputs, batch.labels
-        self._leak_check(model, inputs)
+        whole = Batch.of(inputs)
+        self._leak_check(model, whole.inputs)
+        batch = whole if self._sequence is None else self._sequence.part_of(whole)
         is_training = self.model.training  # DeepSpeed's engine says so of itself in evaluations too
         token_weight = self._weight_now(is_training)
         normalization = self.loss_config.loss_normalization
-        data = batch.of_tokens(normalization)
         needs_logits = return_outputs and not self._needs_no_logits
-        loss_sum, tokens, outputs = self.scorer.score(model, inputs, labels, token_weight, data, needs_logits)
+        if needs_logits and self._sequence is not None:
+            raise ValueError("no rank has the logits of whole rows: set prediction_loss_only, or drop compute_metrics")
+        loss_sum, tokens, outputs = self.scorer.score(
+            model, batch.inputs, batch.labels, token_weight, batch.token_data(normalization), needs_logits
+        )
+        if self._sequence is not None:
+            self._sequence.check_attended()
 
-        num_terms = count_terms(labels, normalization)
+        num_terms = batch.count_terms(normalization)
         sums = self._train_metrics.sums if is_training else self._eval_sums
-        channel = self._channel_of_tokens(batch.channel, labels, inputs, tokens)
+        channel = batch.channel_of(tokens) if self.channels else None
         is_clipped = token_weight.objective.is_clipped(tokens) if self._clips_ratios else None
-        sums.add(loss_sum, num_terms, tokens, is_clipped, document_lengths(inputs), labels.numel(), channel)
+        sums.add(loss_sum, num_terms, tokens, is_clipped, batch.lengths, batch.num_positions, channel)
 
         # in evaluation there is no count: its metrics come from the sums
         loss = loss_sum / (num_terms if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
         if is_training:
             loss = loss * self.accelerator.num_processes + self._router_loss(outputs, loss.device)
             if self._temperature is not None:
-                lengths = document_lengths(inputs)
-                row_of_token = token_channels(torch.arange(len(lengths), device=labels.device), labels, inputs)
-                self._temperature.add(tokens, row_of_token.flatten()[tokens.places], len(lengths))
-            self._finite_check.note(loss, inputs, self.state.global_step + 1)
+                group = None if self._sequence is None else self._sequence.group
+                self._temperature.add(tokens, batch.document_of(tokens), len(whole.lengths), group)
+            self._finite_check.note(loss, whole.inputs, self.state.global_step + 1)
             if TRAINER_DIVIDES_LOSS:
                 loss = loss * self._num_batches
         return (loss, outputs) if return_outputs else loss
@@ -280,14 +292,6 @@ class DFTTrainer(ReferenceTrainer, CheckpointTrainer):
             raise RuntimeError(
                 "gradients would not be averaged over ranks: evaluate after train(), or use eval_on_start"
             )
-
-    def _channel_of_tokens(
-        self, channel: torch.Tensor | None, labels: torch.Tensor, inputs: dict[str, Any], tokens: TokenStatistics
-    ) -> torch.Tensor | None:
-        """The channel of each supervised token, [N], from that of each document; None where there are no channels."""
-        if channel is None or not self.channels:
-            return None
-        return token_channels(channel, labels, inputs).flatten()[tokens.places]
 
     def _router_loss(self, outputs, device: torch.device) -> torch.Tensor | float:
         """The load-balancing loss of mixture-of-experts models, its mean over the step's micro-batches; else 0."""
@@ -319,7 +323,7 @@ class DFTTrainer(ReferenceTrainer, CheckpointTrainer):
 
     # ---- rows -----------------------------------------------------------------------------------
 
-    def _get_dataloader(self, dataset, description, batch_size, *args, **kwargs):
+    def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, *args, **kwargs):
         """Trainer's; training and evaluation sets are filled up so that no rank repeats a row to keep up.
 
         An evaluation is filled up in one process too where incomplete batches are dropped: it is of the whole set.
@@ -327,8 +331,19 @@ class DFTTrainer(ReferenceTrainer, CheckpointTrainer):
         drops_last = self.args.dataloader_drop_last
         fills = description == "Evaluation" or (description == "Training" and not drops_last)
         if fills and (self.args.world_size > 1 or drops_last) and FilledRows.can_fill(dataset):
-            dataset = FilledRows(dataset, batch_size * self.args.world_size)
-        return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
+            dataset = FilledRows(dataset, batch_size * self._num_batches_at_once)
+        if self._sequence is not None:
+            sampler_fn = partial(RepeatedBatches, sampler_fn, batch_size, self._sequence.size)
+        return super()._get_dataloader(dataset, description, batch_size, sampler_fn, *args, **kwargs)
+
+    @property
+    def _num_batches_at_once(self) -> int:
+        """Batches that differ, of all ranks."""
+        return self.args.world_size // (1 if self._sequence is None else self._sequence.size)
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        """Rows, or packed rows, of a step."""
+        return self._train_batch_size * args.gradient_accumulation_steps * self._num_batches_at_once
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         """The order of the training rows, see EpochOrder."""
@@ -348,7 +363,7 @@ class DFTTrainer(ReferenceTrainer, CheckpointTrainer):
             seed=args.seed if args.data_seed is None else args.data_seed,
             strategy=strategy or "random",
             lengths=lengths,
-            rows_per_step=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            rows_per_step=self.get_total_train_batch_size(args),
         )
         self._order = order
         return order
@@ -371,28 +386,3 @@ class DFTTrainer(ReferenceTrainer, CheckpointTrainer):
         if isinstance(dataloader.dataset, FilledRows):
             output = output._replace(num_samples=len(dataloader.dataset.rows))
         return output
-
-
-@dataclass
-class _Batch:
-    """A batch taken apart: what the model gets, labels and columns [B, T], channel [documents]."""
-
-    inputs: dict[str, Any]
-    labels: torch.Tensor
-    loss_weights: torch.Tensor | None
-    reference_log_p: torch.Tensor | None
-    channel: torch.Tensor | None
-
-    def of_tokens(self, normalization: Normalization) -> TokenData:
-        """What is known of the supervised tokens, each [N]."""
-        loss_weight = loss_weight_of_tokens(self.labels, self.loss_weights, normalization)
-        if self.reference_log_p is None:
-            return TokenData(loss_weight)
-        return TokenData(loss_weight, values_of_tokens(self.reference_log_p, self.labels))
-
-
-def _taken_apart(inputs: dict[str, Any]) -> _Batch:
-    inputs = dict(inputs)
-    inputs.pop("skip_logits", None)  # Trainer asks Liger's models to skip them in evaluation
-    labels, columns = inputs.pop("labels"), [inputs.pop(name, None) for name in ("loss_weights", COLUMN, "channel")]
-    return _Batch(inputs, labels, *columns)

@@ -45,6 +45,7 @@ def train(settings: Settings) -> None:
     from dft.model.loading import computes_in_16_bits, load_config, load_model, load_model_tokenizer
     from dft.model.memory import warn_if_too_large
     from dft.parallel.agreement import agree_on_data, agree_on_settings
+    from dft.parallel.ulysses import check_attention
     from dft.tracking.results import present_run, save_evaluation, save_run
     from dft.tracking.run_info import describe_run
     from dft.tracking.tracker_checks import check_trackers
@@ -60,6 +61,7 @@ def train(settings: Settings) -> None:
     config = load_config(model_config)
     is_16_bit = computes_in_16_bits(model_config, args, config)
     attention = choose_attention(model_config.attn_implementation, config, is_16_bit, model_config.attn_strict)
+    check_attention(args.sequence_parallel_size, config, attention)
     plan = plan_batches(args, data_config.max_length, config, attention)
     data = load_data(settings, tokenizer, plan)
     check_fit(data, config, tokenizer, is_padded=plan.batching == "padded", grows=model_config.resize_embeddings)

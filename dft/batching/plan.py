@@ -60,7 +60,8 @@ class BatchPlan:
         rows_per_batch: items of a micro-batch: rows, or bins of rows.
         batches_per_step: micro-batches of a step, over ranks and accumulation.
         seed: of the order and of the bins.
-        num_ranks: processes that train.
+        batches_at_once: micro-batches that are computed at the same time: one of each process, or of each group of
+            processes that compute one together.
         drop_last: whether the last rows of an epoch are left out where they don't fill a micro-batch on every rank.
         strategy: order of the rows, see EpochOrder. None is group_by_length where rows are padded and micro-batches
             counted in rows, because the padding then depends on the order, else random.
@@ -73,7 +74,7 @@ class BatchPlan:
     batches_per_step: int
     seed: int
     strategy: str | None = None
-    num_ranks: int = 1
+    batches_at_once: int = 1
     drop_last: bool = False
 
     def __post_init__(self):
@@ -112,20 +113,20 @@ class BatchPlan:
         if not self.drop_last:
             return
         bins = self.bins(lengths)
-        num_items, needed = _num_items(lengths, bins), self.rows_per_batch * self.num_ranks
+        num_items, needed = _num_items(lengths, bins), self.rows_per_batch * self.batches_at_once
         if num_items < needed:
             kind = "rows" if bins is None else "bins of rows"
             raise UserError(
-                f"--dataloader_drop_last True: a micro-batch on each of {self.num_ranks} processes takes {needed} "
-                f"{kind}, and there are {num_items}, so that nothing would be trained on; drop the flag, or lower "
+                f"--dataloader_drop_last True: {self.batches_at_once} micro-batches at once take {needed} {kind}, and "
+                f"there are {num_items}, so that nothing would be trained on; drop the flag, or lower "
                 "--per_device_train_batch_size"
             )
 
     def steps_per_epoch(self, num_items: int) -> int:
         """The optimizer's steps in an epoch of rows, or of bins of rows."""
-        batches = num_items / (self.rows_per_batch * self.num_ranks)
+        batches = num_items / (self.rows_per_batch * self.batches_at_once)
         batches = math.floor(batches) if self.drop_last else math.ceil(batches)
-        return math.ceil(batches * self.num_ranks / self.batches_per_step)
+        return math.ceil(batches * self.batches_at_once / self.batches_per_step)
 
     def add_to_report(self, report: dict[str, Any], lengths: np.ndarray, lengths_by_file: list[np.ndarray]) -> None:
         """Adds what an epoch consists of to a data report: rows, bins, padding, steps; and padding_waste to each file.
@@ -207,9 +208,9 @@ def plan_batches(args: DFTTrainingArguments, max_length: int, config: Pretrained
         max_length=max_length,
         max_tokens=args.max_tokens_per_batch,
         rows_per_batch=args.per_device_train_batch_size,
-        batches_per_step=args.gradient_accumulation_steps * args.world_size,
+        batches_per_step=args.gradient_accumulation_steps * args.num_batches_at_once,
         seed=args.seed if args.data_seed is None else args.data_seed,
         strategy=args.train_sampling_strategy,
-        num_ranks=args.world_size,
+        batches_at_once=args.num_batches_at_once,
         drop_last=args.dataloader_drop_last,
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, IterableDataset, Sampler
+from torch.utils.data import BatchSampler, Dataset, IterableDataset, Sampler, SequentialSampler
 from transformers import TrainerCallback
 
 from dft.batching.collators import unpack_rows
@@ -124,6 +124,30 @@ class EpochOrder(Sampler[int]):
             rest = [full.pop()] if len(full[-1]) < self.rows_per_step else []
             steps += [full[i] for i in torch.randperm(len(full), generator=generator)] + rest
         return torch.cat(steps)
+
+
+class RepeatedBatches(Sampler[int]):
+    """Yields each batch of a sampler `times` times, so that ranks that follow each other get the same one.
+
+    Args:
+        sampler_fn: makes the sampler of a dataset; None, or where it gives None, the rows come as they are.
+        batch_size: in rows. An incomplete batch at the end is left out; FilledRows has none.
+        dataset: of a known length.
+    """
+
+    def __init__(self, sampler_fn: Callable | None, batch_size: int, times: int, dataset: Dataset):
+        sampler = None if sampler_fn is None else sampler_fn(dataset)
+        self.sampler = SequentialSampler(dataset) if sampler is None else sampler
+        self.batch_size = batch_size
+        self.times = times
+
+    def __len__(self) -> int:
+        return len(self.sampler) // self.batch_size * self.batch_size * self.times
+
+    def __iter__(self) -> Iterator[int]:
+        for batch in BatchSampler(self.sampler, self.batch_size, drop_last=True):
+            for _ in range(self.times):
+                yield from batch
 
 
 class SetEpochCallback(TrainerCallback):

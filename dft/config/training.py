@@ -14,7 +14,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import is_liger_kernel_available
 
 from dft.config.options import option
-from dft.config.training_checks import check_training, rows_of_batch, tracker_names
+from dft.config.training_checks import check_sequence_parallel, check_training, rows_of_batch, tracker_names
 from dft.distributed import has_accelerator, join_for_deepspeed, join_on_cpu
 from dft.errors import UserError
 from dft.interface import set_gloo_interface
@@ -98,6 +98,11 @@ class DFTTrainingArguments(TrainingArguments):
         "limited by it; saving a checkpoint by one process is.",
         900,
     )
+    sequence_parallel_size: int = option(
+        "Processes that compute each micro-batch together, a part of its tokens each (DeepSpeed-Ulysses): for rows "
+        "that are too long for one GPU. It must divide the number of processes, and the model's attention heads.",
+        1,
+    )
     resume_anyway: bool = option(
         "Go on from a checkpoint that was made with other data, batches, objective, model or number of processes, "
         "which is refused otherwise.",
@@ -127,6 +132,7 @@ class DFTTrainingArguments(TrainingArguments):
         elif self.use_cpu and self.ddp_backend in (None, "gloo"):
             join_on_cpu(timeout)
         super().__post_init__()
+        check_sequence_parallel(self)
         if self.accelerator_config.dispatch_batches or self.accelerator_config.split_batches:
             raise UserError(
                 "--accelerator_config: dispatch_batches and split_batches take all batches to be of one size"
@@ -142,6 +148,11 @@ class DFTTrainingArguments(TrainingArguments):
                 self.n_gpu,
             )
             self._n_gpu = 1
+
+    @property
+    def num_batches_at_once(self) -> int:
+        """Micro-batches that the processes compute at the same time."""
+        return self.world_size // self.sequence_parallel_size
 
     def _fill_in_defaults(self) -> None:
         """Gives transformers what the flags mean, in its own terms."""

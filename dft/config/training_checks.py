@@ -60,6 +60,25 @@ def check_row_fits(args: Any, data: DataConfig) -> None:
         )
 
 
+def check_sequence_parallel(args: Any) -> None:
+    """Raises UserError where the processes can't be divided into groups of --sequence_parallel_size."""
+    size, num_processes = args.sequence_parallel_size, args.world_size
+    if size < 1 or num_processes % size:
+        raise UserError(
+            f"--sequence_parallel_size is {size}; it must be at least 1 and divide the number of processes, which is "
+            f"{num_processes}"
+        )
+    if size > 1 and args.batching == "padded":
+        raise UserError(
+            "--sequence_parallel_size divides rows of documents without padding: drop --batching padded, or the flag"
+        )
+    if size > 1 and args.train_sampling_strategy == "batch_rebalance":
+        raise UserError(
+            "--train_sampling_strategy batch_rebalance gives each process a batch of its own, and with "
+            "--sequence_parallel_size some share one: drop one"
+        )
+
+
 def check_evaluation(args: Any, data: DataConfig) -> None:
     """Raises UserError where evaluations are needed, and there is no data for them; or where one is all there is."""
     for flag, needs in (

@@ -60,7 +60,7 @@ class FiniteCheck:
         if not any_bad:
             return
         sources = [self._sources(inputs) for bad, (_, inputs) in zip(is_bad, self._noted, strict=True) if bad]
-        names = [name for batch in _gathered(sources) for name in batch]
+        names = list(dict.fromkeys(name for batch in _gathered(sources) for name in batch))
         listed = ", ".join(names[:MAX_NAMED]) + (f" and {len(names) - MAX_NAMED} more" if names[MAX_NAMED:] else "")
         raise FloatingPointError(
             f"the loss is NaN or infinite in step {step}. The rows of its batch: {listed}. Look at them, lower "

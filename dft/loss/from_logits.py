@@ -76,11 +76,13 @@ def values_of_tokens(values: Tensor, labels: Tensor) -> Tensor:
 def supervised_rows(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The rows of `values` [B, T, X] that predict the supervised tokens of `labels` [B, T], not shifted.
 
+    Where a row goes on elsewhere, `labels` are [B, T + 1]: the last of them is what the last position predicts.
+
     Returns:
         those rows, [N, X]; the tokens that they predict, [N]; and the rows' flat indices in the batch, [N]. Finding
         these makes the host wait for the device, because N depends on the labels.
     """
-    targets = shift_labels(labels).flatten()
+    targets = shift_labels(labels)[:, : values.shape[1]].flatten()
     places = (targets != IGNORE_INDEX).nonzero().squeeze(1)
     return values.flatten(0, 1)[places], targets[places], places
 

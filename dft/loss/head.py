@@ -104,7 +104,8 @@ class LossHead:
         """Called by the model in place of its head: hidden states [B, T, H] to the probe, [1, 1, V]."""
         if loss.loss_sum is not None:
             raise UnsupportedHead("the model's forward calls its output embedding more than once")
-        if hidden.shape[:2] != loss.labels.shape:
+        rows, length = hidden.shape[:2]
+        if loss.labels.shape not in ((rows, length), (rows, length + 1)):  # see from_logits.supervised_rows
             raise UnsupportedHead(
                 f"the head sees hidden states of {list(hidden.shape)} for labels of {list(loss.labels.shape)}"
             )

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -29,18 +30,28 @@ class Temperature:
         self.tau = start
         self._means: list[Tensor] = []
 
-    def add(self, tokens: TokenStatistics, row_of_token: Tensor, num_rows: int) -> None:
+    def add(
+        self,
+        tokens: TokenStatistics,
+        row_of_token: Tensor,
+        num_rows: int,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
         """Takes in a micro-batch of D rows.
 
         Args:
             tokens: N supervised tokens.
             row_of_token: the row that each belongs to, int64 [N].
             num_rows: D.
+            group: of the ranks that have the other tokens of these rows. All of them get the same means, whose median
+                is that of one rank's.
         """
         nll = tokens.nll.detach()
         sums = nll.new_zeros(2, num_rows)  # of nll, and of tokens
         sums[0].index_add_(0, row_of_token, nll)
         sums[1].index_add_(0, row_of_token, torch.ones_like(nll))
+        if group is not None:
+            dist.all_reduce(sums, group=group)
         self._means.append(sums[0] / sums[1])  # NaN where nothing is supervised
 
     def update(self, accelerator: Accelerator) -> None:

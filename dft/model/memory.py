@@ -353,6 +353,7 @@ def too_large_message(model: PreTrainedModel, settings: Settings, longest: int, 
         length = settings.data.max_length
     if args.max_tokens_per_batch is not None:
         rows, length = 1, args.max_tokens_per_batch
+    length = -(-length // args.sequence_parallel_size)
     tokens, chunk_mb = rows * length, settings.loss.loss_chunk_mb or CHUNK_MB["cuda"]
     batch = Batch(tokens, tokens, chunk_mb, args.gradient_accumulation_steps > 1)
     autocast = is_16_bit and plugin is None

@@ -13,9 +13,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from dft.batching.collators import unpack_rows
 from dft.batching.packing import PackedRows
-from dft.constants import IGNORE_INDEX
-
-COLUMN = "reference_log_p"
+from dft.constants import IGNORE_INDEX, REFERENCE_COLUMN
 
 
 class ReferenceRows(Dataset):
@@ -58,7 +56,7 @@ class ReferenceRows(Dataset):
             return row
         column = np.zeros(len(row["labels"]), dtype=np.float32)
         column[is_supervised(row["labels"])] = self._values[self._starts[index] : self._starts[index + 1]]
-        return row | {COLUMN: column}
+        return row | {REFERENCE_COLUMN: column}
 
 
 def is_supervised(labels: Any) -> np.ndarray:
@@ -80,22 +78,22 @@ class CollatorWithColumn:
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         rows = unpack_rows(features)
-        with_column = [row for row in rows if row.get(COLUMN) is not None]
+        with_column = [row for row in rows if row.get(REFERENCE_COLUMN) is not None]
         if not with_column:
             return self.collator(features)
         if len(with_column) < len(rows):
-            raise ValueError(f"{len(rows) - len(with_column)} of {len(rows)} rows lack the column {COLUMN}")
+            raise ValueError(f"{len(rows) - len(with_column)} of {len(rows)} rows lack the column {REFERENCE_COLUMN}")
         batch = self.collator([_without_column(row) for row in rows])
-        values = [np.asarray(row[COLUMN], dtype=np.float32)[is_supervised(row["labels"])] for row in rows]
+        values = [np.asarray(row[REFERENCE_COLUMN], dtype=np.float32)[is_supervised(row["labels"])] for row in rows]
         column = torch.zeros(batch["labels"].shape)
         column[batch["labels"] != IGNORE_INDEX] = torch.from_numpy(np.concatenate(values))
-        return {**batch, COLUMN: column}
+        return {**batch, REFERENCE_COLUMN: column}
 
 
 def _without_column(row: dict[str, Any]) -> dict[str, Any]:
     """A row whose first token, which nothing predicts, isn't supervised, so that the others are as many as values."""
     labels = np.where(is_supervised(row["labels"]), row["labels"], IGNORE_INDEX).tolist()
-    return {name: value for name, value in row.items() if name != COLUMN} | {"labels": labels}
+    return {name: value for name, value in row.items() if name != REFERENCE_COLUMN} | {"labels": labels}
 
 
 def with_reference(dataset: Any) -> Any:
@@ -114,7 +112,7 @@ def with_reference(dataset: Any) -> Any:
         packed = copy.copy(dataset)
         packed.rows = with_reference(dataset.rows)
         return packed
-    has_column = len(dataset) == 0 or COLUMN in dataset[0]
+    has_column = len(dataset) == 0 or REFERENCE_COLUMN in dataset[0]
     return dataset if has_column else ReferenceRows(dataset)
 
 

@@ -209,11 +209,11 @@ def test_without_a_complete_batch_nothing_could_be_trained_on():
     """Where incomplete ones are dropped; a batch is complete when every rank has its rows."""
     lengths = np.full(7, CAPACITY)
     for ranks, rows_per_batch in ((1, 7), (2, 3), (7, 1)):
-        chosen = plan("padded", rows_per_batch=rows_per_batch, num_ranks=ranks, drop_last=True)
+        chosen = plan("padded", rows_per_batch=rows_per_batch, batches_at_once=ranks, drop_last=True)
         chosen.check_rows(lengths)
         with pytest.raises(UserError, match=f"of {ranks} processes takes .* rows, and there are 2, .*drop the flag"):
             chosen.check_rows(lengths[:2])
-        plan("padded", rows_per_batch=rows_per_batch, num_ranks=ranks).check_rows(lengths[:2])
+        plan("padded", rows_per_batch=rows_per_batch, batches_at_once=ranks).check_rows(lengths[:2])
     packed = plan("packed", rows_per_batch=4, drop_last=True)
     with pytest.raises(UserError, match="takes 4 bins of rows, and there are 3"):
         packed.check_rows(np.full(6, CAPACITY // 2))
@@ -224,7 +224,7 @@ def test_without_a_complete_batch_nothing_could_be_trained_on():
 @pytest.mark.parametrize("drop_last", [True, False])
 def test_steps_of_an_epoch_are_those_that_the_sampler_makes(ranks, drop_last):
     """Counted on the batches of accelerate, with and without the incomplete ones."""
-    chosen = plan("padded", rows_per_batch=2, batches_per_step=2 * ranks, num_ranks=ranks, drop_last=drop_last)
+    chosen = plan("padded", rows_per_batch=2, batches_per_step=2 * ranks, batches_at_once=ranks, drop_last=drop_last)
     for num_rows in range(6, 40):
         total = num_rows if drop_last else -(-num_rows // (2 * ranks)) * 2 * ranks  # with the fillers
         batches = BatchSampler(range(total), 2, drop_last=drop_last)

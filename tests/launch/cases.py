@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Engine = Literal["one process", "ddp", "zero2", "zero3", "accelerate"]
+from dft.config.loss import Normalization
+
+Engine = Literal["one process", "ddp", "zero2", "zero3", "accelerate", "zero3 on four"]
 Head = Literal["tied", "untied", "lora", "frozen", "4 bits"]
 Batching = Literal["padded", "padding_free", "packed"]
 
@@ -16,12 +18,15 @@ class Case:
     """How one optimizer step is trained.
 
     Attributes:
-        engine: what the processes are joined by; "accelerate" is ZeRO-3 as accelerate configures it.
+        engine: what the processes are joined by; "accelerate" is ZeRO-3 as accelerate configures it. They are two, but
+            for "one process" and "zero3 on four".
         rows: of a micro-batch on each process; where batches are packed, these are packed rows.
         micro_batches: of a step, on each process.
         head: "lora" has an adapter on it, "frozen" is untied and not trained; with "4 bits" all other layers have
             adapters on weights in 4 bits.
         objective: idft needs entropies, prior log-probabilities by the starting weights.
+        sequence: processes that compute a micro-batch together, a part of its tokens each.
+        normalization: of the loss.
         is_fused: the loss is computed in the head, not from logits.
         is_offloaded: weights (of ZeRO-3) and optimizer are kept in the memory of the processor.
         is_static_graph: DDP takes all steps to have the same graph.
@@ -35,6 +40,8 @@ class Case:
     head: Head = "tied"
     batching: Batching = "padded"
     objective: str = "dft"
+    sequence: int = 1
+    normalization: Normalization = "token"
     is_fused: bool = True
     is_offloaded: bool = False
     is_static_graph: bool = False
@@ -71,6 +78,16 @@ CASES: dict[str, Case] = {
     "zero2, prior": Case("zero2", rows=1, micro_batches=4, objective="prior"),
     "zero3, prior": Case("zero3", rows=2, batching="packed", objective="prior"),
     "zero3, prior, row by row": Case("zero3", rows=1, micro_batches=4, objective="prior"),
+    "whole batch, turn": Case("one process", rows=8, normalization="turn"),
+    "ddp, sequence": Case("ddp", rows=2, micro_batches=4, sequence=2),
+    "zero2, sequence": Case("zero2", rows=8, sequence=2, batching="padding_free"),
+    "zero3, sequence": Case("zero3", rows=3, sequence=2, batching="packed"),
+    "ddp, sequence, turn": Case("ddp", rows=8, sequence=2, batching="padding_free", normalization="turn"),
+    "zero3, sequence, prior": Case("zero3", rows=1, micro_batches=8, sequence=2, objective="prior"),
+    "ddp, sequence, idft": Case("ddp", rows=8, sequence=2, is_fused=False, objective="idft"),
+    "zero3, lora head, sequence": Case("zero3", rows=2, micro_batches=4, head="lora", sequence=2),
+    "zero3 on four, sequence": Case("zero3 on four", rows=2, micro_batches=2, sequence=2, normalization="turn"),
+    "zero3 on four, one sequence": Case("zero3 on four", rows=8, sequence=4),
     "zero2, offloaded": Case("zero2", rows=1, micro_batches=4, is_offloaded=True),
     "zero3, offloaded": Case("zero3", rows=1, micro_batches=4, is_offloaded=True),
     "ddp, static graph": Case("ddp", rows=4, is_static_graph=True),

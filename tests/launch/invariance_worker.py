@@ -39,6 +39,7 @@ GLOBAL_BATCH = 8
 PACKED_TOKENS = 96  # the 8 rows are 3 packed ones, so that the second process gets a filler
 CHUNK_MB = 20 * 4 * VOCAB_SIZE / 1e6  # 20 rows of logits
 DS_CONFIGS = {"zero2": "ds_config/zero2.json", "zero3": "ds_config/zero3.json"}
+DS_CONFIGS["zero3 on four"] = DS_CONFIGS["zero3"]
 
 
 class MicroBatchMean(DFTTrainer):
@@ -113,17 +114,19 @@ def arguments(case: Case, output_dir: Path) -> DFTTrainingArguments:
         save_strategy="no",
         report_to=["none"],
         disable_tqdm=True,
-        activation_checkpointing=case.engine == "zero3",
+        activation_checkpointing=case.engine.startswith("zero3"),
         train_sampling_strategy="sequential",
+        sequence_parallel_size=case.sequence,
     )
 
 
 def make_trainer(case: Case, model: PreTrainedModel, output_dir: Path) -> DFTTrainer:
     train_dataset: Dataset | PackedRows = uneven_rows(GLOBAL_BATCH).remove_columns("channel")
     collator = DataCollatorForSeq2Seq(small_tokenizer())
-    if case.batching != "padded":
+    if case.batching != "padded" or case.sequence > 1:
         register()
         model.set_attn_implementation("varlen")
+    if case.batching != "padded":
         collator = FlatteningCollator()
     if case.batching == "packed":
         train_dataset = PackedRows(train_dataset, best_fit_decreasing(token_lengths(train_dataset), PACKED_TOKENS))
@@ -132,6 +135,7 @@ def make_trainer(case: Case, model: PreTrainedModel, output_dir: Path) -> DFTTra
         arguments(case, output_dir),
         dft_alpha=0.7,
         objective=case.objective,
+        loss_normalization=case.normalization,
         reference_cache_dir=str(output_dir / "cache"),
         fused_loss="on" if case.is_fused else "off",
         loss_chunk_mb=CHUNK_MB,

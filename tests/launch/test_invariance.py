@@ -35,7 +35,7 @@ def run_engine(engine: Engine, out: Path) -> None:
         result = run(["accelerate", "launch", *settings, *worker])
         assert result.returncode == 0, result.stdout[-4000:]
     else:
-        run_on(1 if engine == "one process" else 2, *worker)
+        run_on({"one process": 1, "zero3 on four": 4}.get(engine, 2), *worker)
 
 
 def assert_same(result: dict, expected: dict) -> None:
@@ -92,6 +92,25 @@ def test_objectives_have_the_gradient_of_one_process(result_of, objective, engin
 )
 def test_before_the_first_step_the_starting_weights_are_the_models(result_of, name, same):
     """So p_ref is p, and prior has the gradient of DFT: each token has got its own log-probability."""
+    assert_same(result_of(name), result_of(same))
+
+
+@pytest.mark.parametrize(
+    ("name", "same"),
+    [
+        ("ddp, sequence", "whole batch"),
+        ("zero2, sequence", "whole batch"),
+        ("zero3, sequence", "whole batch"),
+        ("zero3 on four, one sequence", "whole batch"),
+        ("zero3 on four, sequence", "whole batch, turn"),
+        ("ddp, sequence, turn", "whole batch, turn"),
+        ("ddp, sequence, idft", "whole batch, idft"),
+        ("zero3, sequence, prior", "whole batch, prior"),
+        ("zero3, lora head, sequence", "whole batch, lora head"),
+    ],
+)
+def test_processes_that_share_a_batch_give_the_gradient_of_one(result_of, name, same):
+    """Also where two groups of two train, and where the model's two key heads are divided over four processes."""
     assert_same(result_of(name), result_of(same))
 
 

@@ -15,9 +15,10 @@ from dft.batching.collators import FlatteningCollator, PaddingCollator
 from dft.batching.packing import PackedRows, best_fit_decreasing
 from dft.batching.sampler import token_lengths
 from dft.batching.varlen_attention import register
+from dft.constants import REFERENCE_COLUMN
 from dft.errors import UserError
 from dft.reference import store
-from dft.reference.rows import COLUMN, CollatorWithColumn, ReferenceRows, is_supervised, with_reference
+from dft.reference.rows import CollatorWithColumn, ReferenceRows, is_supervised, with_reference
 from dft.reference.scoring import plan_scoring, row_lengths, score_rows
 from dft.reference.trainer import ReferenceTrainer
 from examples.make_tiny_model import make_model
@@ -65,10 +66,10 @@ def test_every_token_gets_its_own_log_probability(make_anchored, tokenizer, batc
     for dataset in (filled, trainer.eval_dataset):
         for row in (dataset[i] for i in range(len(dataset))):
             supervised = is_supervised(row["labels"])
-            assert row[COLUMN][supervised] == pytest.approx(log_p_of(before, row), rel=1e-4, abs=1e-5)
-            assert not row[COLUMN][~supervised].any()
+            assert row[REFERENCE_COLUMN][supervised] == pytest.approx(log_p_of(before, row), rel=1e-4, abs=1e-5)
+            assert not row[REFERENCE_COLUMN][~supervised].any()
     moved = log_p_of(model, filled[0])
-    assert moved != pytest.approx(filled[0][COLUMN][is_supervised(filled[0]["labels"])], rel=1e-2)
+    assert moved != pytest.approx(filled[0][REFERENCE_COLUMN][is_supervised(filled[0]["labels"])], rel=1e-2)
 
 
 COLLATORS = {
@@ -90,21 +91,21 @@ def test_collators_of_every_kind_put_the_column_beside_the_labels(tokenizer, nam
     """A value is that of the token it stands beside: here the token divided by 1000. Fillers and packed rows too."""
     data = [dict(row) for row in rows(7)] + [{"input_ids": [5, 6], "labels": [-100, -100]}]
     for row in data:
-        row[COLUMN] = np.where(is_supervised(row["labels"]), np.array(row["input_ids"]) / 1000, 0.0)
+        row[REFERENCE_COLUMN] = np.where(is_supervised(row["labels"]), np.array(row["input_ids"]) / 1000, 0.0)
     collate = CollatorWithColumn(COLLATORS[name](tokenizer))
     batch = collate([{"documents": data[:3]}, *data[3:]])
     supervised = batch["labels"] != -100
     assert supervised.sum() == sum(is_supervised(row["labels"]).sum() for row in data)
-    torch.testing.assert_close(batch[COLUMN][supervised], batch["labels"][supervised] / 1000)
-    assert not batch[COLUMN][~supervised].any()
+    torch.testing.assert_close(batch[REFERENCE_COLUMN][supervised], batch["labels"][supervised] / 1000)
+    assert not batch[REFERENCE_COLUMN][~supervised].any()
     with pytest.raises(ValueError, match="1 of 8 rows lack the column"):
-        collate([*data[:-1], {name: value for name, value in data[-1].items() if name != COLUMN}])
+        collate([*data[:-1], {name: value for name, value in data[-1].items() if name != REFERENCE_COLUMN}])
 
 
 def test_a_batch_without_the_column_is_the_collators_own(tokenizer):
     collate = DataCollatorForSeq2Seq(tokenizer)
     data = [rows(3)[i] for i in range(3)]
-    assert COLUMN not in CollatorWithColumn(collate)(data)
+    assert REFERENCE_COLUMN not in CollatorWithColumn(collate)(data)
     assert torch.equal(CollatorWithColumn(collate)(data)["labels"], collate(data)["labels"])
 
 
@@ -122,7 +123,7 @@ def test_values_of_other_rows_are_refused():
 def test_rows_that_come_with_the_column_keep_it(make_anchored):
     """Of any other model."""
     data = rows(16)
-    data = data.add_column(COLUMN, [[-1.5] * len(ids) for ids in data["input_ids"]])
+    data = data.add_column(REFERENCE_COLUMN, [[-1.5] * len(ids) for ids in data["input_ids"]])
     trainer = make_anchored(train_dataset=data)
     trainer.train()
     assert trainer.train_dataset is data
@@ -210,7 +211,9 @@ def test_values_of_other_weights_are_computed_again(make_anchored, caplog):
     trainer, said = trained(make_anchored, caplog, model=other)
     assert said.count("are of other weights; computed again") == 2
     row = trainer.train_dataset[0]
-    assert row[COLUMN][is_supervised(row["labels"])] == pytest.approx(log_p_of(before, row), rel=1e-4, abs=1e-5)
+    assert row[REFERENCE_COLUMN][is_supervised(row["labels"])] == pytest.approx(
+        log_p_of(before, row), rel=1e-4, abs=1e-5
+    )
 
 
 def test_a_damaged_file_is_computed_again(make_anchored, tmp_path, caplog):
@@ -317,7 +320,7 @@ def test_a_training_is_held(make_anchored, make_trainer):
 
 def test_clipped_ratios_are_counted_and_warned_of(make_anchored, caplog):
     data = rows(16)
-    data = data.add_column(COLUMN, [[math.log(0.9)] * len(ids) for ids in data["input_ids"]])  # it knew them
+    data = data.add_column(REFERENCE_COLUMN, [[math.log(0.9)] * len(ids) for ids in data["input_ids"]])  # it knew them
     trainer = make_anchored(train_dataset=data)
     trainer.train()
     record = next(r for r in trainer.state.log_history if "ratio_clipped" in r)
