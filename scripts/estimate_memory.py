@@ -61,6 +61,7 @@ class Job:
     method: str
     lora_r: int
     gpus: int
+    sequence: int  # GPUs that share a row
     max_length: int
     rows: int
     accumulation: int
@@ -68,6 +69,11 @@ class Job:
     chunk_mb: float
     dtype: str | None
     bf16: bool
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row on one GPU."""
+        return -(-self.max_length // self.sequence)
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,7 @@ def main(argv: list[str] | None = None) -> None:
         method=args.method,
         lora_r=args.lora_r if args.method != "full" else 0,
         gpus=args.gpus,
+        sequence=args.sequence_parallel_size,
         max_length=args.max_length,
         rows=args.per_device_train_batch_size,
         accumulation=args.gradient_accumulation_steps,
@@ -127,6 +134,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--method", choices=METHODS, default="full", help="all weights, adapters, or these on 4 bits")
     parser.add_argument("--lora_r", type=int, default=16, help="rank of adapters on all linear layers but the head")
     parser.add_argument("--gpus", type=int, default=1, help="number of GPUs")
+    parser.add_argument("--sequence_parallel_size", type=int, default=1, help="GPUs that share the tokens of a row")
     parser.add_argument("--gpu_memory", type=float, help="GiB of each; by default those of the GPU that is here")
     parser.add_argument("--max_length", type=int, default=8192, help="tokens of the longest row")
     parser.add_argument("--per_device_train_batch_size", type=int, default=1, help="rows of a micro-batch on each GPU")
@@ -143,10 +151,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--bf16", type=string_to_bool, default=True, help="compute in bfloat16; by default True")
     parser.add_argument("--loss_chunk_mb", type=float, default=CHUNK_MB["cuda"], help="MB of logits at once")
     args = parser.parse_args(argv)
-    at_least_1 = ("lora_r", "gpus", "max_length", "per_device_train_batch_size", "gradient_accumulation_steps")
+    at_least_1 = (
+        *("lora_r", "gpus", "sequence_parallel_size", "max_length", "per_device_train_batch_size"),
+        "gradient_accumulation_steps",
+    )
     for name in at_least_1:
         if getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    if args.gpus % args.sequence_parallel_size:
+        raise UserError(
+            f"--sequence_parallel_size is {args.sequence_parallel_size}; it must divide the {args.gpus} of --gpus"
+        )
     for name in ("gpu_memory", "loss_chunk_mb"):
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
@@ -208,8 +223,8 @@ class Model:
             dtype = adapter_dtype = torch.bfloat16 if job.bf16 else torch.float32
             precision = deepspeed_precision(job.bf16)
         autocast = job.bf16 and name is None
-        how = Computation(job.rows, job.max_length, dtype, autocast, setting.recompute, job.lora_r, adapter_dtype)
-        tokens = job.rows * job.max_length
+        how = Computation(job.rows, job.length, dtype, autocast, setting.recompute, job.lora_r, adapter_dtype)
+        tokens = job.rows * job.length
         supervised = max(1, round(tokens * job.supervised / 100))
         batch = Batch(tokens, supervised, job.chunk_mb, job.accumulation > 1)
         return estimate(sizes, self.activations(how), batch, precision, zero, job.gpus)
@@ -223,6 +238,8 @@ def plain_dtype(job: Job) -> str:
 def heading(model: Model, job: Job, card: float) -> str:
     sizes = model.sizes(job.method, job.lora_r)
     gpus = "one GPU" if job.gpus == 1 else f"each of {job.gpus} GPUs"
+    if job.sequence > 1:
+        gpus = f"each {job.sequence} of {job.gpus} GPUs"
     return (
         f"{model.config.model_type}, {(sizes.trained + sizes.frozen) / 1e6:,.0f} M parameters, "
         f"{sizes.trained / 1e6:,.1f} M trained; {job.rows} x {job.max_length:,} tokens on {gpus} "
@@ -271,6 +288,8 @@ def launch_line(model: str, job: Job, setting: Setting) -> str:
         flags |= {"--use_peft": True, "--lora_r": job.lora_r, "--learning_rate": "2e-4"}
     if job.method == "qlora":
         flags["--load_in_4bit"] = True
+    if job.sequence > 1:
+        flags["--sequence_parallel_size"] = job.sequence
     before = " ".join(f"{key}={shlex.quote(value) if value else ''}" for key, value in variables.items())
     return f"{before} \\\nbash scripts/train.sh " + " ".join(f"{key} {value}" for key, value in flags.items())
 
@@ -287,6 +306,10 @@ def remedies(model: Model, job: Job, found: dict[Setting, Estimate], card: float
         others["--per_device_train_batch_size 1"] = replace(job, rows=1)
     if job.max_length > 1:
         others[f"--max_length {job.max_length // 2}"] = replace(job, max_length=job.max_length // 2)
+    heads = model.config.get_text_config().num_attention_heads
+    if job.gpus % (2 * job.sequence) == 0 and heads % (2 * job.sequence) == 0:
+        more = 2 * job.sequence
+        others[f"--sequence_parallel_size {more}"] = replace(job, sequence=more)
     rank = job.lora_r or 16
     others |= {
         f"--method {method}": replace(job, method=method, lora_r=rank)

@@ -108,9 +108,19 @@ def test_the_command_trains_adapters_if_they_are_asked_for(estimate, tmp_path, m
     assert method == "full" or (settings.adapters.lora_r, settings.training.learning_rate) == (8, 2e-4)
 
 
+def test_gpus_that_share_a_row_have_a_part_of_its_tokens(estimate):
+    half = estimate("--gpus", "2", "--sequence_parallel_size", "2", "--max_length", "100000")
+    alone = estimate("--gpus", "2", "--max_length", "50000")
+    assert "1 x 100,000 tokens on each 2 of 2 GPUs" in half
+    assert lines_of(half) == lines_of(alone)
+    assert "--max_length 100000 " in half
+    assert half.endswith("--sequence_parallel_size 2\n")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--gpus", "4", "--sequence_parallel_size", "3"], "is 3; it must divide the 4 of --gpus"),
         (["--gpus", "0"], "--gpus is 0; it must be at least 1"),
         (["--gpu_memory", "-1"], "--gpu_memory is -1.0; it must be above 0"),
         (["--gpu_memory", "nan"], "--gpu_memory is nan; it must be above 0"),
