@@ -35,6 +35,7 @@ from dft.model.compiled import compile_layers
 from dft.model.tokenizer import special_token_ids
 from dft.parallel.ulysses import SequenceGroup
 from dft.reference.trainer import ReferenceTrainer
+from dft.stopping import StopRequest
 from dist_logger import get_logger
 
 logger = get_logger(__name__)
@@ -137,7 +138,9 @@ class DFTTrainer(ReferenceTrainer, CheckpointTrainer):
         if needs.reference:
             self.add_reference_column(loss.reference_cache_dir)
         self._temperature = Temperature(objective.tau) if isinstance(objective, Talr) else None
-        self._finite_check = FiniteCheck(self.train_dataset, source_of_row)
+        self.stop = StopRequest()
+        self.add_callback(self.stop)
+        self._finite_check = FiniteCheck(self.train_dataset, source_of_row, self.stop)
         self._leak_check = LeakCheck(self.model.config.get_text_config().vocab_size)
         self._row_lengths = row_lengths
         self._order: EpochOrder | None = None  # of the training rows

@@ -46,6 +46,7 @@ def train(settings: Settings) -> None:
     from dft.model.memory import warn_if_too_large
     from dft.parallel.agreement import agree_on_data, agree_on_settings
     from dft.parallel.ulysses import check_attention
+    from dft.stopping import end_with_launcher
     from dft.tracking.results import present_run, save_evaluation, save_run
     from dft.tracking.run_info import describe_run
     from dft.tracking.tracker_checks import check_trackers
@@ -53,6 +54,7 @@ def train(settings: Settings) -> None:
 
     model_config, adapters, data_config, loss_config, _, args = settings
     start_logging(settings)
+    end_with_launcher()
     agree_on_settings(settings, args)
     check_adapters(adapters, model_config)
     checkpoint, steps_done = find_checkpoint(args) if args.do_train else (None, 0)
@@ -79,7 +81,9 @@ def train(settings: Settings) -> None:
     if not args.do_train:
         save_evaluation(trainer)
         return
+    trainer.stop.listen(args.max_runtime_minutes)
     result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.stop.raise_if_stopped(trainer.state, args.output_dir)
     save_run(trainer, result.metrics)
     if args.process_index == 0:
         present_run(trainer, about, data.report)
@@ -102,6 +106,7 @@ def make_trainer(
         made_with: see dft.checkpoints.facts.run_facts.
     """
     from dft.config.training import with_values
+    from dft.parallel.heartbeat import Heartbeat
     from dft.tracking.console import print_lines
     from dft.tracking.curves import Curves
     from dft.tracking.tracker_guard import guard_trackers
@@ -121,7 +126,7 @@ def make_trainer(
         train_dataset=plan.training_rows(data.train, data.lengths),
         eval_dataset=data.evaluation,
         processing_class=tokenizer,
-        callbacks=[TrainLog(args.output_dir), Curves(args.output_dir)] if args.do_train else [],
+        callbacks=[TrainLog(args.output_dir), Curves(args.output_dir), Heartbeat()] if args.do_train else [],
         made_with=made_with,
     )
     guard_trackers(trainer)

@@ -1,4 +1,4 @@
-"""The one kind of exception whose message is all that a user sees."""
+"""The exceptions whose message is all that a user sees."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,15 @@ class UserError(ValueError):
 
 class SharedUserError(UserError):
     """A UserError that all ranks raise together, so that no rank has to be told of it."""
+
+
+class StoppedEarly(Exception):
+    """A run that was ended on request, on all ranks together; its message is for the user.
+
+    Attributes:
+        status: the exit status of the program.
+    """
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status

@@ -1,6 +1,7 @@
 """This process's place among those that a launcher has started, read from the environment; imports no torch."""
 
 import os
+from pathlib import Path
 
 
 def local_rank() -> int:
@@ -12,3 +13,10 @@ def spans_nodes() -> bool:
     """Whether the launcher started processes on several nodes."""
     on_this_node = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))  # the latter is DeepSpeed's
     return on_this_node is not None and int(os.environ.get("WORLD_SIZE", 1)) > int(on_this_node)
+
+
+def tell_script(name: str, number: int) -> None:
+    """Writes a number into a file in the directory that scripts/train.sh looks into; without that script, nothing."""
+    directory = os.environ.get("DFT_RUN_DIR")
+    if directory and Path(directory).is_dir():
+        (Path(directory) / name).write_text(f"{number}\n", encoding="utf-8")

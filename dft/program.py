@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import NoReturn
 
-from dft.errors import SharedUserError, UserError
-from dft.launched import local_rank, spans_nodes
+from dft.errors import SharedUserError, StoppedEarly, UserError
+from dft.launched import local_rank, spans_nodes, tell_script
 
 USER_ERROR_STATUS = 2
 ERROR_GRACE_SECONDS = 30.0  # the other ranks of a node wait this long before they print the message themselves
@@ -42,7 +42,8 @@ def program() -> Iterator[None]:
     launcher kills all ranks of a node as soon as one has ended, so the others wait for the first to end; they print
     the message themselves only if nothing has killed them by then. The ranks of other nodes are told, so that they
     don't wait for this one. Other exceptions pass through; before the training, other nodes are told of them too.
-    Nothing that follows in the file is run.
+    Nothing that follows in the file is run. A StoppedEarly is printed by the first rank of each node, and ends the
+    program with its status.
     """
     status = 0
     try:
@@ -50,6 +51,10 @@ def program() -> Iterator[None]:
     except UserError as error:
         _print_error(error)
         status = USER_ERROR_STATUS
+    except StoppedEarly as stopped:
+        if local_rank() == 0:
+            print(stopped, file=sys.stderr, flush=True)
+        status = stopped.status
     except Exception as error:
         if not _is_awaited():
             raise
@@ -91,12 +96,19 @@ def _tell_failure(message: str) -> str:
     return tell_failure(message)
 
 
+def _note_status(status: int) -> None:
+    """Tells scripts/train.sh the exit status, because some launchers end with another one than their ranks."""
+    if local_rank() == 0:
+        tell_script("status", status)
+
+
 def end_process(status: int) -> NoReturn:
     """Ends the process as the interpreter would, but without finalizing the interpreter.
 
     A library's thread (gloo's, autograd's) that asks for the interpreter's lock during finalization aborts the
     process, so that now and then a run that has done all its work would end as failed.
     """
+    _note_status(status)
     threading._shutdown()  # waits for other threads, as the interpreter does at its end
     atexit._run_exitfuncs()
     sys.stdout.flush()

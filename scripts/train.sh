@@ -13,6 +13,7 @@
 #     DS_CONFIG    --deepspeed; default ds_config/zero3.json, empty for none; not used with LAUNCHER=python
 #     LOG_DIR      directory of the log file; default logs
 #     LOG_FILE     the log file; default a new one in LOG_DIR, named by the time
+#     STOP_SECONDS how long the ranks may take to save a checkpoint after a signal (TERM, INT, USR1); default 600
 #     BACKGROUND   1 detaches the run from the terminal and returns at once
 #     MASTER_ADDR, MASTER_PORT, NNODES, NODE_RANK    for several nodes with torchrun or accelerate
 #     HOSTFILE     for several nodes with deepspeed: a file with a line such as "worker-0 slots=8" for each; started
@@ -25,6 +26,7 @@ LAUNCHER="${LAUNCHER:-deepspeed}"
 LOG_DIR="${LOG_DIR:-logs}"
 DS_CONFIG="${DS_CONFIG-ds_config/zero3.json}"
 LOG_FILE="${LOG_FILE:-$LOG_DIR/train_$(date +%F_%H%M%S).log}"
+STOP_SECONDS="${STOP_SECONDS:-600}"
 
 fail() {
     echo "error: $*" >&2
@@ -127,25 +129,39 @@ if [[ "$has_nodes" == 1 && "${NODE_RANK:-0}" != 0 ]]; then
     python -m dft.parallel.master "$MASTER_ADDR" "$MASTER_PORT" 2>&1 | tee -a "$LOG_FILE" || exit 2
 fi
 
-# The run gets its own process group, so that all ranks can be ended when this script is.
-end_run() {
-    kill -TERM -- "-$run" 2> /dev/null || true
-    { sleep 30; kill -KILL -- "-$run"; } > /dev/null 2>&1 &
+# The run gets its own process group, so that all ranks can be ended when this script is. In DFT_RUN_DIR each rank that can
+# save a checkpoint first writes its process number, and the first rank its exit status, because launchers end with others.
+DFT_RUN_DIR="$(mktemp -d)"
+export DFT_RUN_DIR
+deadline=$(( 1 << 60 ))
+pass_on() {  # a signal: to the ranks alone, if they can save first, because a launcher would kill them after 30 s
+    local ranks
+    ranks="$(cat "$DFT_RUN_DIR"/rank-* 2> /dev/null || true)"
+    # shellcheck disable=SC2086  # several numbers
+    kill -s "$1" ${ranks:--- "-$run"} 2> /dev/null || true
+    if (( deadline > SECONDS + STOP_SECONDS )); then deadline=$(( SECONDS + STOP_SECONDS )); fi
 }
 set -m
-"${command[@]}" > >(tee -a "$LOG_FILE") 2>&1 &
+# tee has to outlive the signals that the terminal or SLURM sends to all processes of this script
+"${command[@]}" > >(trap '' TERM INT HUP USR1; exec tee -a "$LOG_FILE") 2>&1 &
 run=$!
 set +m
-trap end_run TERM INT HUP
+trap 'pass_on TERM' TERM HUP
+trap 'pass_on INT' INT
+trap 'pass_on USR1' USR1
+wait "$run" || true
+while kill -0 -- "-$run" 2> /dev/null; do  # a signal has come, or ranks end after the launcher
+    if (( SECONDS > deadline )); then kill -s KILL -- "-$run" 2> /dev/null || true; fi
+    sleep 0.5
+done
 status=0
 wait "$run" || status=$?
-while kill -0 -- "-$run" 2> /dev/null; do sleep 0.5; done  # ranks may end after the launcher
-if [[ ! -f "$LOG_FILE" ]]; then
-    exit "$status"
-elif [[ "$LAUNCHER" == deepspeed && "$status" == 0 ]] && ! grep -q 'exits successfully' "$LOG_FILE"; then
+said="$(cat "$DFT_RUN_DIR/status" 2> /dev/null || true)"
+rm -rf "$DFT_RUN_DIR"
+if [[ -n "$said" && "$said" != 0 ]]; then
+    status="$said"
+elif [[ "$LAUNCHER" == deepspeed && "$status" == 0 && -z "$said" && -z "${HOSTFILE:-}" ]]; then
     echo "error: the launcher was killed" >&2  # deepspeed returns 0 even if its child is killed
     status=1
-elif [[ "$LAUNCHER" =~ ^(torchrun|accelerate)$ && "$status" == 1 ]] && grep -q 'exitcode *: 2 ' "$LOG_FILE"; then
-    status=2  # these launchers turn every status into 1, but 2 stands for a user's mistake
 fi
 exit "$status"

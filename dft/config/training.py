@@ -108,6 +108,10 @@ class DFTTrainingArguments(TrainingArguments):
         "which is refused otherwise.",
         False,
     )
+    max_runtime_minutes: float | None = option(
+        "Minutes from the start of the program after which the training ends with a checkpoint, at the end of a step; "
+        "the exit status is then 143."
+    )
     do_train: bool = option(
         "False: only evaluate the model of --model_name_or_path, and write eval_results.json; nothing is trained, and "
         "no model is saved.",

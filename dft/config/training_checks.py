@@ -156,6 +156,8 @@ def _check_ranges(args: Any) -> None:
     for name in ("logging_steps", "eval_steps", "save_steps"):
         if (values[name] or 0) < 0:
             raise UserError(f"--{name} is {values[name]}; it must be above 0")
+    if args.max_runtime_minutes is not None and not args.max_runtime_minutes > 0:
+        raise UserError(f"--max_runtime_minutes is {args.max_runtime_minutes}; it must be above 0")
     if args.learning_rate < 0:
         raise UserError(f"--learning_rate is {args.learning_rate}; it must be at least 0")
     if args.max_steps <= 0 and args.num_train_epochs <= 0:

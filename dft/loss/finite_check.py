@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 
 from dft.batching.collators import document_lengths
 from dft.batching.packing import PackedRows
+from dft.stopping import StopRequest
 
 MAX_NAMED = 20  # rows in the error message
 
@@ -16,14 +17,22 @@ MAX_NAMED = 20  # rows in the error message
 class FiniteCheck:
     """Looks at the losses of a step's micro-batches on all ranks, before the backward pass of the last one.
 
-    DeepSpeed changes the weights inside that backward pass: afterwards it would be too late.
+    DeepSpeed changes the weights inside that backward pass: afterwards it would be too late. The same collective tells
+    all ranks whether one of them was asked to stop.
 
     Args:
         dataset: the training rows, to find a batch's rows in.
         source_of: where a row of it comes from, in words; by default its index.
+        stop: whose `agreed` becomes the greatest `wanted` of all ranks.
     """
 
-    def __init__(self, dataset: Dataset | None, source_of: Callable[[int], str] | None = None):
+    def __init__(
+        self,
+        dataset: Dataset | None,
+        source_of: Callable[[int], str] | None = None,
+        stop: StopRequest | None = None,
+    ):
+        self._stop = stop or StopRequest()
         self._dataset = dataset.rows if isinstance(dataset, PackedRows) else dataset
         self._source_of = source_of or (lambda index: f"row {index} of the training set")
         self._noted: list[tuple[Tensor, dict[str, Tensor]]] = []
@@ -55,8 +64,10 @@ class FiniteCheck:
     def _check(self, step: int) -> None:
         is_bad = ~torch.isfinite(torch.stack([loss for loss, _ in self._noted]))
         any_bad = is_bad.any().int()
+        worst = torch.stack([any_bad, torch.full_like(any_bad, self._stop.wanted)])
         if _is_distributed():
-            dist.all_reduce(any_bad, op=dist.ReduceOp.MAX)
+            dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+        any_bad, self._stop.agreed = worst.tolist()
         if not any_bad:
             return
         sources = [self._sources(inputs) for bad, (_, inputs) in zip(is_bad, self._noted, strict=True) if bad]
