@@ -24,6 +24,8 @@ if [[ ! -x "$VENV/bin/python" ]]; then
 fi
 command -v c++ > /dev/null || command -v g++ > /dev/null ||
     fail "no C++ compiler: DeepSpeed builds a small operator (on Debian and Ubuntu: apt install g++)"
+[[ -f "$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ]] ||
+    fail "Python's headers are missing: DeepSpeed builds a small operator (on Debian and Ubuntu: apt install python3-dev)"
 
 # DeepSpeed's operators are built in the project, apart from those of other projects
 export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$PWD/.torch_extensions}"

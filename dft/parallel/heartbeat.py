@@ -2,8 +2,8 @@
 
 A collective says nothing while it waits, and fails only after --ddp_timeout. So a thread of each rank writes, every
 few seconds, into the store in which the ranks met: a count, and how far its training has come. The first rank of each
-node reads those of all ranks, and logs an error that names the ones which the others wait for. It ends nothing: that is
-left to the collectives.
+node reads those of all ranks, and logs an error that names the ones which the others wait for. It ends nothing: that
+is left to the collectives.
 """
 
 import logging

@@ -17,7 +17,8 @@ def launched(tmp_path):
         stub = tmp_path / "bin" / name
         stub.parent.mkdir(exist_ok=True)
         stub.write_text(
-            f'#!/bin/sh\necho "CALL {name} $* / visible=${{CUDA_VISIBLE_DEVICES-unset}}"\necho 0 > "$DFT_RUN_DIR/status"\n'
+            f'#!/bin/sh\necho "CALL {name} $* / visible=${{CUDA_VISIBLE_DEVICES-unset}}"\n'
+            'echo 0 > "$DFT_RUN_DIR/status"\n'
         )
         stub.chmod(0o755)
 
