@@ -89,11 +89,6 @@ def train(case: dict[str, Any]) -> float:
     """The peak of a case, in bytes; in a process of its own."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         trainer(case).train()
-    return greatest_sum(profile)
-
-
-def greatest_sum(profile: torch.profiler.profile) -> float:
-    """The peak of the memory that was profiled, in bytes."""
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
