@@ -31,6 +31,7 @@ from dft.metrics.token_sums import TokenSums, averages, channel_averages, health
 from dft.metrics.training import LogLastStepCallback, TrainingMetrics
 from dft.model.compiled import compile_layers
 from dft.model.tokenizer import special_token_ids
+from dft.parallel.fsdp import ShardedTrainer
 from dft.reference.rows import COLUMN
 from dft.reference.trainer import ReferenceTrainer
 from dist_logger import get_logger
@@ -41,7 +42,7 @@ logger = get_logger(__name__)
 TRAINER_DIVIDES_LOSS = not hasattr(Trainer, "loss_is_scaled_for_ga")
 
 
-class DFTTrainer(ReferenceTrainer, CheckpointTrainer):
+class DFTTrainer(ShardedTrainer, ReferenceTrainer, CheckpointTrainer):
     """Trainer whose loss weights each supervised token by alpha * p_correct + 1 - alpha, or by another objective.
 
     The loss of a step is sum(w * nll) / N with N counted over the whole global batch, so it doesn't
@@ -242,9 +243,9 @@ class DFTTrainer(ReferenceTrainer, CheckpointTrainer):
         """sum(c * w * nll) of this micro-batch over the supervised tokens (or turns) of the global batch, a scalar.
 
         c is the weight of a token in the data, w that of the DFT loss. In training the result is multiplied by the
-        number of ranks, over which DDP and ZeRO average the gradients; the count is already that of all ranks.
+        number of ranks, over which DDP, FSDP and ZeRO average gradients; the count is already that of all ranks.
         """
-        self._refuse_unwrapped(model)
+        self.refuse_unwrapped(model)
         batch = _taken_apart(inputs)
         inputs, labels = batch.inputs, batch.labels
         self._leak_check(model, inputs)
@@ -273,13 +274,6 @@ class DFTTrainer(ReferenceTrainer, CheckpointTrainer):
             if TRAINER_DIVIDES_LOSS:
                 loss = loss * self._num_batches
         return (loss, outputs) if return_outputs else loss
-
-    def _refuse_unwrapped(self, model) -> None:
-        """accelerate doesn't wrap a model for training that evaluate() has prepared before."""
-        if model.training and self.args.world_size > 1 and model is self.model and not self.is_fsdp_enabled:
-            raise RuntimeError(
-                "gradients would not be averaged over ranks: evaluate after train(), or use eval_on_start"
-            )
 
     def _channel_of_tokens(
         self, channel: torch.Tensor | None, labels: torch.Tensor, inputs: dict[str, Any], tokens: TokenStatistics
