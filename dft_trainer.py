@@ -33,6 +33,7 @@ from dft.metrics.token_sums import TokenSums, averages, channel_averages, health
 from dft.metrics.training import LogLastStepCallback, TrainingMetrics
 from dft.model.compiled import compile_layers
 from dft.model.tokenizer import special_token_ids
+from dft.parallel.fsdp import ShardedTrainer
 from dft.parallel.ulysses import SequenceGroup
 from dft.reference.trainer import ReferenceTrainer
 from dft.stopping import StopRequest
@@ -44,7 +45,7 @@ logger = get_logger(__name__)
 TRAINER_DIVIDES_LOSS = not hasattr(Trainer, "loss_is_scaled_for_ga")
 
 
-class DFTTrainer(ReferenceTrainer, CheckpointTrainer):
+class DFTTrainer(ShardedTrainer, ReferenceTrainer, CheckpointTrainer):
     """Trainer whose loss weights each supervised token by alpha * p_correct + 1 - alpha, or by another objective.
 
     The loss of a step is sum(w * nll) / N with N counted over the whole global batch, so it doesn't
@@ -253,9 +254,9 @@ class DFTTrainer(ReferenceTrainer, CheckpointTrainer):
         """sum(c * w * nll) of this micro-batch over the supervised tokens (or turns) of the global batch, a scalar.
 
         c is the weight of a token in the data, w that of the DFT loss. In training the result is multiplied by the
-        number of ranks, over which DDP and ZeRO average the gradients; the count is already that of all ranks.
+        number of ranks, over which DDP, FSDP and ZeRO average gradients; the count is already that of all ranks.
         """
-        self._refuse_unwrapped(model)
+        self.refuse_unwrapped(model)
         whole = Batch.of(inputs)
         self._leak_check(model, whole.inputs)
         batch = whole if self._sequence is None else self._sequence.part_of(whole)
@@ -288,13 +289,6 @@ class DFTTrainer(ReferenceTrainer, CheckpointTrainer):
             if TRAINER_DIVIDES_LOSS:
                 loss = loss * self._num_batches
         return (loss, outputs) if return_outputs else loss
-
-    def _refuse_unwrapped(self, model) -> None:
-        """accelerate doesn't wrap a model for training that evaluate() has prepared before."""
-        if model.training and self.args.world_size > 1 and model is self.model and not self.is_fsdp_enabled:
-            raise RuntimeError(
-                "gradients would not be averaged over ranks: evaluate after train(), or use eval_on_start"
-            )
 
     def _router_loss(self, outputs, device: torch.device) -> torch.Tensor | float:
         """The load-balancing loss of mixture-of-experts models, its mean over the step's micro-batches; else 0."""

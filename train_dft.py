@@ -56,7 +56,7 @@ def train(settings: Settings) -> None:
     start_logging(settings)
     end_with_launcher()
     agree_on_settings(settings, args)
-    check_adapters(adapters, model_config)
+    check_adapters(adapters, model_config, bool(args.fsdp))
     checkpoint, steps_done = find_checkpoint(args) if args.do_train else (None, 0)
     trackers = check_trackers(args) if args.do_train and not data_config.dry_run else {}
     tokenizer = load_model_tokenizer(model_config, data_config.chat_template)

@@ -55,6 +55,7 @@ def run_facts(
         **{name: shape[name] for name in SHAPE if shape.get(name) is not None},
         "world_size": args.world_size,
         "zero_stage": None if plugin is None else plugin.zero_stage,
+        "fsdp": args.fsdp_plugin_args["state_dict_type"] if args.fsdp_plugin_args else None,
     }
     return json.loads(json.dumps(facts))
 

@@ -1,12 +1,15 @@
 """Whether the files of a checkpoint are whole, told without loading them."""
 
+import io
 import json
+import pickle
 import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from torch.distributed.checkpoint import FileSystemReader
 
 from dft.errors import UserError
 
@@ -16,8 +19,9 @@ READ_WHOLE = 1 << 30
 SMALL_RECORD = 1 << 24
 # what zipfile raises where the bytes that it reads make no sense
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, NotImplementedError, ValueError)
+PICKLE_ERRORS = (pickle.UnpicklingError, *ZIP_ERRORS, LookupError, AttributeError, TypeError, ImportError)
 WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*", "adapter_model*.bin")
-SAVED_BY_TORCH = ("*.pt", "*.pth", "pytorch_model*.bin", "adapter_model*.bin", "global_step*/*.pt")
+SAVED_BY_TORCH = ("*.pt", "*.pth", "pytorch_model*.bin", "adapter_model*.bin", "optimizer.bin", "global_step*/*.pt")
 
 
 def check_whole(checkpoint: Path) -> None:
@@ -30,6 +34,7 @@ def check_whole(checkpoint: Path) -> None:
         ("*.json", _damage_of_json),
         ("*.safetensors", _damage_of_safetensors),
         *((pattern, _damage_of_torch_file) for pattern in SAVED_BY_TORCH),
+        ("*/.metadata", _damage_of_shards),
     ]
     found = [(path, check(path)) for pattern, check in checks for path in sorted(checkpoint.glob(pattern))]
     damaged = [f"{path}: {damage}" for path, damage in found if damage is not None]
@@ -57,6 +62,7 @@ def check_complete(checkpoint: Path) -> None:
             missing.append("latest")
     else:
         missing += [] if any(checkpoint.glob("scheduler.pt")) else ["scheduler.pt"]
+        missing += _missing_of_fsdp(checkpoint)
         missing += [] if any(path for name in WEIGHTS for path in checkpoint.glob(name)) else ["model.safetensors"]
     if not any(checkpoint.glob("rng_state*.pth")):
         missing.append("rng_state.pth")
@@ -106,6 +112,44 @@ def _damage_of_torch_file(path: Path) -> str | None:
     except ZIP_ERRORS as error:
         return f"cut or damaged ({error})"
     return None
+
+
+def _damage_of_shards(metadata: Path) -> str | None:
+    """What is wrong with a directory of shards that FSDP wrote; None if nothing is.
+
+    Each .distcp file is a row of files such as torch.save writes, whose places the metadata holds.
+    """
+    try:
+        pieces = FileSystemReader(metadata.parent).read_metadata().storage_data.values()
+    except PICKLE_ERRORS as error:
+        return f"cut or damaged ({error})"
+    for piece in pieces:
+        path = metadata.parent / piece.relative_path
+        if not path.is_file() or path.stat().st_size < piece.offset + piece.length:
+            return f"cut or damaged ({path.name} is missing or cut)"
+        if path.stat().st_size > READ_WHOLE and piece.length > SMALL_RECORD:
+            continue
+        with path.open("rb") as file:
+            file.seek(piece.offset)
+            try:
+                with zipfile.ZipFile(io.BytesIO(file.read(piece.length))) as archive:
+                    damaged = archive.testzip()
+            except ZIP_ERRORS as error:
+                return f"cut or damaged ({path.name}: {error})"
+        if damaged is not None:
+            return f"cut or damaged ({path.name}: {damaged})"
+    return None
+
+
+def _missing_of_fsdp(checkpoint: Path) -> list[str]:
+    """What a checkpoint that FSDP wrote lacks: its weights, whole or in shards, or what says where the shards are."""
+    weights = checkpoint / "pytorch_model_fsdp_0"
+    if (checkpoint / "optimizer.bin").exists():
+        return [] if weights.with_name("pytorch_model_fsdp.bin").exists() else ["pytorch_model_fsdp.bin"]
+    shards = (checkpoint / "optimizer_0", weights)
+    if not any(directory.is_dir() for directory in shards):
+        return []
+    return [f"{directory.name}/.metadata" for directory in shards if not (directory / ".metadata").is_file()]
 
 
 def _missing_shards(checkpoint: Path) -> list[str]:

@@ -13,11 +13,13 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import is_liger_kernel_available
 
+from dft.config.fsdp import fsdp_config
 from dft.config.options import option
 from dft.config.training_checks import check_sequence_parallel, check_training, rows_of_batch, tracker_names
 from dft.distributed import has_accelerator, join_for_deepspeed, join_on_cpu
 from dft.errors import UserError
 from dft.interface import set_gloo_interface
+from dft.program import rank_and_world_size
 
 logger = logging.getLogger(__name__)
 TRACKERS = tuple(INTEGRATION_TO_CALLBACK)
@@ -103,6 +105,19 @@ class DFTTrainingArguments(TrainingArguments):
         "that are too long for one GPU. It must divide the number of processes, and the model's attention heads.",
         1,
     )
+    fsdp: str | None = field(
+        default=None,
+        metadata={
+            "help": "Shard weights, gradients and optimizer with FSDP2, in place of DeepSpeed: full_shard; "
+            "shard_grad_op, which keeps weights whole from the forward to the backward pass; and offload, with which "
+            "they are kept in the processor's memory.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+    fsdp_config: dict | str | None = option(
+        "JSON, or a file of it, with more settings of FSDP2, such as state_dict_type SHARDED_STATE_DICT."
+    )
     resume_anyway: bool = option(
         "Go on from a checkpoint that was made with other data, batches, objective, model or number of processes, "
         "which is refused otherwise.",
@@ -126,6 +141,7 @@ class DFTTrainingArguments(TrainingArguments):
             if self.fp16:
                 raise UserError("--fp16 needs a GPU and there is none here: drop it")
             self.use_cpu = True
+        self._set_up_fsdp()
         set_gloo_interface()
         timeout = timedelta(seconds=self.ddp_timeout)
         if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
@@ -171,6 +187,36 @@ class DFTTrainingArguments(TrainingArguments):
         if self.logging_dir is not None:
             os.environ["TENSORBOARD_LOGGING_DIR"] = self.logging_dir
         self.per_device_train_batch_size = rows_of_batch(self)
+
+    def _set_up_fsdp(self) -> None:
+        """Gives transformers one configuration of FSDP, with activations that its own checkpointing recomputes.
+
+        That of accelerate's FSDP draws dropout anew when it recomputes, which makes gradients wrong.
+        """
+        config = fsdp_config(self)
+        if config is not None and rank_and_world_size()[1] == 1:
+            logger.warning("--fsdp: there is one process, and nothing to shard: it trains without FSDP")
+            os.environ.pop("ACCELERATE_USE_FSDP", None)
+            config = None
+        self.fsdp, self.fsdp_config = None if config is None else True, config
+        if config is None:
+            return
+        if config.get("cpu_offload") and not has_accelerator():
+            raise UserError("--fsdp offload keeps weights out of a GPU, and there is none here: drop it")
+        self.activation_checkpointing = config.get("activation_checkpointing", self.activation_checkpointing)
+        config["activation_checkpointing"] = False
+        # as accelerate's launcher does; it gives GPUs gloo beside NCCL, for what is kept in the processor's memory
+        os.environ["ACCELERATE_USE_FSDP"] = "true"
+        os.environ["FSDP_STATE_DICT_TYPE"] = config["state_dict_type"]
+        os.environ["FSDP_OFFLOAD_PARAMS"] = str(config.get("cpu_offload", False)).lower()
+
+    def _process_fsdp_args(self) -> dict[str, Any] | None:
+        """transformers'; without its advice against recomputation by the model, which FSDP2 has no use for."""
+        recomputes, self.activation_checkpointing = self.activation_checkpointing, False
+        try:
+            return super()._process_fsdp_args()
+        finally:
+            self.activation_checkpointing = recomputes
 
     def _disable_liger_losses(self) -> None:
         """Liger's kernels are for the layers alone: its losses would replace the DFT loss."""

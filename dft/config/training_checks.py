@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dft.config.data import DataConfig
+from dft.config.fsdp import fsdp_config
 from dft.config.options import did_you_mean
 from dft.constants import PADDED_TO
 from dft.errors import UserError
@@ -34,6 +35,7 @@ def check_training(args: Any, trackers: Collection[str], compile_backends: Colle
         raise UserError(f"--torch_compile_backend is {backend}; it must be one of {', '.join(compile_backends)}")
     _check_checkpoints(args)
     _check_deepspeed_file(args)
+    fsdp_config(args)
 
 
 def tracker_names(report_to: list[str] | None) -> list[str]:

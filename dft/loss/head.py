@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dft.errors import UserError
@@ -137,8 +138,9 @@ class LossHead:
 
     def _chunked(self, loss: HeadLoss, hidden: Tensor) -> Tensor:
         """Computes the loss by calling the head."""
-        # under ZeRO-3 each call of the head is a collective, and ranks have different numbers of chunks
+        # under ZeRO-3 and FSDP2 each call of the head is a collective, and ranks have different numbers of chunks
         is_sharded = any(hasattr(parameter, "ds_id") for parameter in self._head.parameters())
+        is_sharded |= any(isinstance(module, FSDPModule) for module in self._head.modules())
         loss.loss_sum, loss.tokens = chunked_dft_loss_sum(
             hidden,
             self._head,

@@ -31,8 +31,11 @@ INSTALL = 'pip install -e ".[adapters]"'
 SHOWN_NAMES = 20  # of layers, in a message
 
 
-def check_adapters(settings: AdapterConfig, model: ModelConfig) -> None:
+def check_adapters(settings: AdapterConfig, model: ModelConfig, is_fsdp: bool = False) -> None:
     """Checks what can be known before the model is loaded, but after the training arguments were made.
+
+    Args:
+        is_fsdp: the model is going to be sharded by FSDP.
 
     Raises:
         UserError: a package is missing, the adapter isn't one, or the combination can't work.
@@ -54,6 +57,8 @@ def check_adapters(settings: AdapterConfig, model: ModelConfig) -> None:
             "--resize_embeddings changes the model, so that an adapter wouldn't fit the original: save the resized "
             "model first, with a run of one step without adapters"
         )
+    if is_fsdp and settings.load_in_8bit:
+        raise UserError("--load_in_8bit: FSDP can't cut up weights in 8 bits: use --load_in_4bit True, or no --fsdp")
     is_zero3 = is_deepspeed_zero3_enabled()  # weights are sharded while they are loaded
     if is_zero3 and settings.takes_of_weights:
         raise UserError(f"--lora_init {settings.lora_init} needs whole weights, which ZeRO-3 cuts up: use ZeRO-2")
@@ -76,13 +81,15 @@ def quantization(settings: AdapterConfig, args: TrainingArguments, dtype: torch.
         return {}
     # it says of every product that 8 bits are multiplied in float16
     logging.getLogger("bitsandbytes.autograd").setLevel(logging.ERROR)
+    computed = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else dtype
     config = BitsAndBytesConfig(
         load_in_4bit=settings.load_in_4bit,
         load_in_8bit=settings.load_in_8bit,
         bnb_4bit_quant_type=settings.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=settings.use_bnb_nested_quant,
         bnb_4bit_compute_dtype=torch.bfloat16 if args.bf16 else dtype,
-        bnb_4bit_quant_storage=dtype,  # ZeRO-3 and FSDP cut up tensors of one type
+        # ZeRO-3 and FSDP cut up tensors of one type, and FSDP converts them to that in which the model computes
+        bnb_4bit_quant_storage=computed if args.fsdp else dtype,
     )
     if is_deepspeed_zero3_enabled():
         return {"quantization_config": config}
@@ -123,6 +130,21 @@ def has_tied_head_adapted(model: nn.Module) -> bool:
     """Whether the head is tied to the embedding and has an adapter, which the embedding has not."""
     is_tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     return is_tied and hasattr(model.get_output_embeddings(), "base_layer")
+
+
+def check_shardable(model: nn.Module) -> None:
+    """Checks that FSDP can shard a model with adapters.
+
+    Raises:
+        UserError: the embedding or the head is trained as a copy, beside an original that both are tied by.
+    """
+    is_tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    if is_tied and any(hasattr(end, "modules_to_save") for end in ends):
+        raise UserError(
+            "--lora_modules_to_save: this model's head is tied to its embedding, of which FSDP can't shard a trained "
+            "copy: leave both out, or use DeepSpeed"
+        )
 
 
 def share_trained(model: nn.Module) -> str | None:

@@ -18,7 +18,7 @@ from transformers import (
 from dft.config.adapters import AdapterConfig
 from dft.config.model import ModelConfig
 from dft.errors import UserError
-from dft.model.adapters import quantization, with_adapters
+from dft.model.adapters import check_shardable, quantization, with_adapters
 from dft.model.compiled import point_to_kernels
 from dft.model.fit import tokenizer_size
 from dft.model.resizing import add_rows
@@ -99,11 +99,15 @@ def load_model(
     logger.info("Model: %s, %.1f M parameters, %s, %s", type(model).__name__, size / 1e6, model.dtype, attention)
     point_to_kernels(args)
     if adapters.has_adapters:
-        return with_adapters(model, adapters, args.seed)  # adapters are float32 whatever the model's type is
-    if model.dtype != torch.float32 and args.deepspeed_plugin is None:
+        adapted = with_adapters(model, adapters, args.seed)  # they are float32 whatever the model's type is
+        if args.fsdp:
+            check_shardable(adapted)
+        return adapted
+    keeps_copies = args.deepspeed_plugin is not None or (args.fsdp and (args.bf16 or args.fp16))
+    if model.dtype != torch.float32 and not keeps_copies:
         logger.warning(
             "The weights are %s and updated as such, which loses small updates. Use --torch_dtype float32 with --bf16 "
-            "True, or DeepSpeed, which keeps float32 copies.",
+            "True; or DeepSpeed, or --fsdp with --bf16 True, which keep float32 copies.",
             model.dtype,
         )
     return model

@@ -316,14 +316,14 @@ def _zero_buckets(
 
 
 def warn_if_too_large(model: PreTrainedModel, settings: Settings, longest: int) -> None:
-    """Logs a warning where a run is estimated to need more memory than its GPU has; does nothing without a GPU.
+    """Logs a warning where a run is estimated to need more memory than its GPU has; not without a GPU, nor under FSDP.
 
     Args:
         model: as it was loaded.
         longest: tokens of the longest training row.
     """
     args = settings.training
-    if args.device.type != "cuda" or args.process_index != 0 or not args.do_train:
+    if args.device.type != "cuda" or args.process_index != 0 or not args.do_train or args.fsdp:
         return
     card = torch.cuda.get_device_properties(args.device).total_memory
     message = too_large_message(model, settings, longest, card)

@@ -34,6 +34,15 @@ def facts(tmp_path):
     return make
 
 
+def test_checkpoints_of_fsdp_are_told_apart(monkeypatch, facts):
+    monkeypatch.setattr("dft.config.training.rank_and_world_size", lambda: (0, 2))
+    sharded = {"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}
+    assert [facts(seeds=args)["fsdp"] for args in ({}, {"fsdp": True}, sharded)] == [
+        *(None, "FULL_STATE_DICT"),
+        "SHARDED_STATE_DICT",
+    ]
+
+
 def differences(then: dict, now: dict) -> set[str]:
     assert then.keys() == now.keys()
     return {name for name in then if then[name] != now[name]}

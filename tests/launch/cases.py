@@ -5,11 +5,11 @@ from typing import Literal
 
 from dft.config.loss import Normalization
 
-Engine = Literal["one process", "ddp", "zero2", "zero3", "accelerate", "zero3 on four"]
+Engine = Literal["one process", "ddp", "zero2", "zero3", "accelerate", "zero3 on four", "fsdp"]
 Head = Literal["tied", "untied", "lora", "frozen", "4 bits"]
 Batching = Literal["padded", "padding_free", "packed"]
 
-ENGINES: tuple[Engine, ...] = ("ddp", "zero2", "zero3", "accelerate")  # on two processes
+ENGINES: tuple[Engine, ...] = ("ddp", "zero2", "zero3", "accelerate", "fsdp")  # on two processes
 HEADS: tuple[Head, ...] = ("untied", "lora", "frozen", "4 bits")
 
 
@@ -58,7 +58,7 @@ CASES: dict[str, Case] = {
     **{f"{engine}, row by row": Case(engine, rows=1, micro_batches=4) for engine in ENGINES},
     **{
         f"{engine}, {head} head": Case(engine, rows=1, micro_batches=4, head=head)
-        for engine in ("ddp", "zero2", "zero3")
+        for engine in ("ddp", "zero2", "zero3", "fsdp")
         for head in HEADS
     },
     "ddp, padding-free": Case("ddp", rows=2, micro_batches=2, batching="padding_free"),
@@ -70,6 +70,8 @@ CASES: dict[str, Case] = {
     },
     "whole batch, prior, from logits": Case("one process", rows=8, objective="prior", is_fused=False),
     "row by row, prior": Case("one process", rows=1, micro_batches=8, objective="prior"),
+    "fsdp, packed": Case("fsdp", rows=2, batching="packed"),
+    "fsdp, prior": Case("fsdp", rows=2, batching="packed", objective="prior"),
     "ddp, idft": Case("ddp", rows=1, micro_batches=4, objective="idft"),
     "zero2, idft": Case("zero2", rows=4, batching="padding_free", objective="idft"),
     "zero3, idft": Case("zero3", rows=2, batching="packed", objective="idft"),
@@ -94,4 +96,5 @@ CASES: dict[str, Case] = {
     "mutant, half a batch": Case("ddp", rows=4, is_normalized_alone=True),
     "mutant, row by row": Case("ddp", rows=1, micro_batches=4, is_normalized_alone=True),
     "evaluated first": Case("ddp", rows=4, is_evaluated_first=True),
+    "fsdp, evaluated first": Case("fsdp", rows=4, is_evaluated_first=True),
 }

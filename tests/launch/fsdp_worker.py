@@ -1,62 +1,68 @@
-"""Started by test_invariance.py on two processes: gradients under FSDP2, with the loss in the head and from logits.
+"""Started by test_fsdp.py on two processes: trainings under FSDP2, with checkpoints, and gone on from them.
 
-    torchrun --nproc-per-node 2 tests/launch/fsdp_worker.py OUT.pt
+    torchrun --nproc-per-node 2 tests/launch/fsdp_worker.py OUT
 
-Rank 0 writes {"sharded again": {"logits": [P], "head": [P], "head of rank 0": [P]}, "left whole": …} in float32;
-"head of rank 0" is the gradient where both ranks have the batch of rank 0.
+For each kind of checkpoint, OUT/KIND/whole holds a training of two steps, and OUT/KIND/resumed one that went on from
+the first; both with the saved model, and trained.pt, the weights on which it was saved.
 """
 
 import sys
+from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from accelerate.state import AcceleratorState
+from transformers import DataCollatorForSeq2Seq
 
-from dft.loss.from_logits import dft_loss_sum
-from dft.loss.head import LossHead
-from dft.loss.token_weight import TokenWeight
+from dft.config.fsdp import STATE_DICTS
+from dft.config.training import DFTTrainingArguments
 from dft.program import program
+from dft_trainer import DFTTrainer
 from examples.make_tiny_model import make_model
-from tests.launch.worker_data import VOCAB_SIZE
-
-CHUNK_MB = 7 * 4 * VOCAB_SIZE / 1e6  # 7 rows of logits
+from tests.launch.worker_data import VOCAB_SIZE, small_tokenizer, uneven_rows
 
 
-def gradient(is_fused: bool, is_sharded_again: bool, batch_of_rank: int) -> torch.Tensor:
-    """The gradient of all parameters, [P], of a batch that differs by rank."""
-    model = make_model(VOCAB_SIZE, hidden_size=32, num_layers=2).train()
-    head = LossHead(model, CHUNK_MB)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh, reshard_after_forward=is_sharded_again)
-    generator = torch.Generator().manual_seed(batch_of_rank)
-    ids = torch.randint(VOCAB_SIZE, (2, 20 + 10 * batch_of_rank), generator=generator)
-    if is_fused:
-        with head.computing(ids, TokenWeight(0.7)) as result:
-            outputs = model(input_ids=ids)
-        loss, _ = result.take(outputs.logits)
-        head.check(outputs.logits)
-    else:
-        loss, _ = dft_loss_sum(model(input_ids=ids).logits, ids, TokenWeight(0.7))
-    loss.backward()
-    return torch.cat([parameter.grad.full_tensor().flatten() for parameter in model.parameters()])
+def make_trainer(kind: str, output_dir: Path) -> DFTTrainer:
+    args = DFTTrainingArguments(
+        output_dir=str(output_dir),
+        per_device_train_batch_size=2,
+        per_device_eval_batch_size=1,
+        gradient_accumulation_steps=2,
+        max_steps=2,
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=2,
+        learning_rate=0.01,
+        max_grad_norm=0.1,
+        fsdp="full_shard",
+        fsdp_config={"state_dict_type": kind},
+        report_to=["none"],
+        disable_tqdm=True,
+    )
+    return DFTTrainer(
+        make_model(VOCAB_SIZE, hidden_size=32, num_layers=2),
+        args,
+        dft_alpha=0.7,
+        train_dataset=uneven_rows(24),
+        eval_dataset=uneven_rows(3, seed=1),
+        data_collator=DataCollatorForSeq2Seq(small_tokenizer()),
+    )
+
+
+def train(kind: str, output_dir: Path, checkpoint: Path | None = None) -> None:
+    AcceleratorState._reset_state()  # the process group stays
+    trainer = make_trainer(kind, output_dir)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.save_model()
+    weights = {name: weight.full_tensor() for name, weight in trainer.model.named_parameters()}
+    if trainer.args.process_index == 0:
+        torch.save(weights, output_dir / "trained.pt")
 
 
 def main() -> None:
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
-    gradients = {
-        name: {
-            "logits": gradient(False, is_sharded_again, rank),
-            "head": gradient(True, is_sharded_again, rank),
-            "head of rank 0": gradient(True, is_sharded_again, 0),
-        }
-        for name, is_sharded_again in (("left whole", False), ("sharded again", True))
-    }
-    if rank == 0:
-        torch.save(gradients, sys.argv[1])
+    for kind in STATE_DICTS:
+        out = Path(sys.argv[1]) / kind
+        train(kind, out / "whole")
+        train(kind, out / "resumed", out / "whole" / "checkpoint-1")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import torch
 from accelerate.state import AcceleratorState
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, PreTrainedModel
 
 from dft.batching.collators import FlatteningCollator
@@ -108,13 +109,14 @@ def arguments(case: Case, output_dir: Path) -> DFTTrainingArguments:
         lr_scheduler_type="constant",
         optim="sgd",
         deepspeed=deepspeed_config(case),
+        fsdp=True if case.engine == "fsdp" else None,
         ddp_static_graph=case.is_static_graph,
         logging_steps=1,
         eval_on_start=True,
         save_strategy="no",
         report_to=["none"],
         disable_tqdm=True,
-        activation_checkpointing=case.engine.startswith("zero3"),
+        activation_checkpointing=case.engine.startswith("zero3") or case.engine == "fsdp",
         train_sampling_strategy="sequential",
         sequence_parallel_size=case.sequence,
     )
@@ -159,6 +161,7 @@ def one_step(case: Case, output_dir: Path) -> dict[str, Any]:
         if not case.is_evaluated_first:
             raise
         return {"error": str(error)}
+    assert isinstance(trainer.model, FSDPModule) == (case.engine == "fsdp")  # and not DDP in its place
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.args.process_index > 0:
         return {}

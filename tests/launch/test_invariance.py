@@ -61,13 +61,13 @@ def test_two_processes_give_the_gradient_of_one(result_of, engine, cut):
     assert_same(result_of(f"{engine}, {cut}"), result_of("whole batch"))
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp"])
 @pytest.mark.parametrize("head", HEADS)
 def test_heads_of_other_kinds_have_the_gradient_of_one_process(result_of, head, engine):
     assert_same(result_of(f"{engine}, {head} head"), result_of(f"whole batch, {head} head"))
 
 
-@pytest.mark.parametrize("name", ["ddp, padding-free", "zero2, padding-free", "zero3, packed"])
+@pytest.mark.parametrize("name", ["ddp, padding-free", "zero2, padding-free", "zero3, packed", "fsdp, packed"])
 def test_batches_without_padding_give_the_gradient_of_padded_ones(result_of, name):
     """The 8 rows are 3 packed ones, so that one process has a filler, which supervises nothing."""
     assert_same(result_of(name), result_of("whole batch"))
@@ -87,6 +87,7 @@ def test_objectives_have_the_gradient_of_one_process(result_of, objective, engin
         ("whole batch, prior, from logits", "whole batch"),
         ("row by row, prior", "whole batch"),
         ("zero3, prior, row by row", "whole batch"),
+        ("fsdp, prior", "whole batch"),
         ("ddp, lora head, prior", "whole batch, lora head"),
     ],
 )
@@ -142,9 +143,5 @@ def test_training_without_averaged_gradients_is_refused(result_of):
     assert "gradients would not be averaged" in result_of("evaluated first")["error"]
 
 
-def test_fsdp_gives_the_gradient_from_logits(tmp_path):
-    """Whether the weights are sharded again after the forward pass or not; batches of rank 0 alone are rejected."""
-    run_on(2, "tests/launch/fsdp_worker.py", tmp_path / "gradients.pt")
-    for gradients in torch.load(tmp_path / "gradients.pt").values():
-        assert relative_error(gradients["head"], gradients["logits"]) < 1e-5
-        assert relative_error(gradients["head of rank 0"], gradients["logits"]) > 1e-3
+def test_fsdp_shards_a_model_that_was_evaluated_first(result_of):
+    assert_same(result_of("fsdp, evaluated first"), result_of("whole batch"))

@@ -41,14 +41,14 @@ def data_flags(tmp_path_factory) -> list:
 def runs(train_in, data_flags, tmp_path_factory) -> dict[str, SimpleNamespace]:
     """A run under each launcher; all train on the same files, of which the first has kept the tokens.
 
-    The first is under DDP, the second under ZeRO-3, the third has trackers. Each has its `processes`, its `directory`,
+    The first is under DDP, the second under FSDP2, the third has trackers. Each has its `processes`, its `directory`,
     and its `output` on the terminal.
     """
     trackers = ("--report_to", "swanlab,wandb", "tensorboard", "mlflow", "--project", "trial", "--run_name", "first")
     found = {}
     for launcher, processes, flags, env in (
         ("torchrun", 2, (), {"DS_CONFIG": ""}),
-        ("accelerate", 2, (), {}),
+        ("accelerate", 2, ("--fsdp", "full_shard"), {"DS_CONFIG": ""}),
         ("python", 1, trackers, {"SWANLAB_API_KEY": "", "WANDB_API_KEY": ""}),
     ):
         directory = tmp_path_factory.mktemp(launcher)

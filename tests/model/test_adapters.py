@@ -2,6 +2,7 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from dft.config.adapters import AdapterConfig
 from dft.config.model import ModelConfig
 from dft.errors import UserError
 from dft.model import adapters as adapters_module
-from dft.model.adapters import check_adapters, quantization, with_adapters
+from dft.model.adapters import check_adapters, check_shardable, quantization, with_adapters
 from scripts import export
 from tests.helpers import relative_error
 
@@ -187,3 +188,24 @@ def test_what_needs_whole_weights_is_refused_under_zero3(monkeypatch, settings):
     monkeypatch.setattr(adapters_module, "is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(UserError, match="ZeRO-2"):
         check_adapters(AdapterConfig(use_peft=True, **settings), ModelConfig("x"))
+
+
+def test_what_fsdp_cannot_shard_is_refused(tiny_model):
+    with pytest.raises(UserError, match="--load_in_8bit: FSDP can't cut up weights in 8 bits"):
+        check_adapters(AdapterConfig(use_peft=True, load_in_8bit=True), ModelConfig("x"), is_fsdp=True)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    check_shardable(with_adapters(base, AdapterConfig(use_peft=True, lora_target_modules=["lm_head"]), seed=1))
+    for name in ("lm_head", "embed_tokens"):
+        base = AutoModelForCausalLM.from_pretrained(tiny_model)
+        copied = with_adapters(base, AdapterConfig(use_peft=True, lora_modules_to_save=[name]), seed=1)
+        with pytest.raises(UserError, match="--lora_modules_to_save: this model's head is tied"):
+            check_shardable(copied)
+
+
+@pytest.mark.parametrize(("fsdp", "storage"), [(None, torch.float32), (True, torch.bfloat16)])
+def test_fsdp_gets_4_bits_in_the_type_that_it_converts_weights_to(fsdp, storage):
+    """Others would be rounded, and then be other weights."""
+    args = SimpleNamespace(bf16=True, fp16=False, fsdp=fsdp, device=torch.device("cpu"))
+    settings = AdapterConfig(use_peft=True, load_in_4bit=True)
+    config = quantization(settings, args, torch.float32)["quantization_config"]
+    assert config.bnb_4bit_quant_storage == storage
