@@ -21,6 +21,10 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+source scripts/secrets.sh
+take_token "$@" || exit 2
+set -- "${arguments[@]}"
+
 LAUNCHER="${LAUNCHER:-deepspeed}"
 LOG_DIR="${LOG_DIR:-logs}"
 DS_CONFIG="${DS_CONFIG-ds_config/zero3.json}"

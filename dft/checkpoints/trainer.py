@@ -151,6 +151,8 @@ class CheckpointTrainer(Trainer):
             share_tied_weights(state_dict, model)
         with with_cache(model):
             super()._save(output_dir, state_dict)
+            if self.args.should_save:  # nothing reads the pickled arguments, and loading a pickle runs code
+                (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
             if self.args.should_save and not isinstance(model, PreTrainedModel):
                 save_generation_config(model, output_dir or self.args.output_dir)
 
