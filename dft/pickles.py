@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from dft.errors import UserError
+from dft.printable import printable
 
 # what checkpoints name besides what torch itself takes for safe
 OF_CHECKPOINTS = {
@@ -90,7 +91,7 @@ def check_model(directory: str | Path) -> None:
 
 def _check(paths: Iterable[Path]) -> None:
     found = [(path, _problem(path)) for path in paths]
-    problems = [f"  {path}: {problem}" for path, problem in found if problem is not None]
+    problems = [f"  {printable(path)}: {problem}" for path, problem in found if problem is not None]
     if problems:
         raise UserError(
             "files that may run code when they are loaded are refused:\n"
@@ -106,8 +107,9 @@ def _problem(path: Path) -> str | None:
     try:
         named = look(path)
     except UNREADABLE as error:
-        return f"it can't be looked through, as it is not what torch.save writes ({' '.join(str(error).split())})"
-    return f"it calls {', '.join(sorted(named))}" if named else None
+        reason = printable(" ".join(str(error).split()))
+        return f"it can't be looked through, as it is not what torch.save writes ({reason})"
+    return f"it calls {printable(', '.join(sorted(named)))}" if named else None
 
 
 def _named_by(file: Path | io.BytesIO) -> set[str]:

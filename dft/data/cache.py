@@ -19,6 +19,7 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from dft.errors import UserError
+from dft.printable import printable
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def _content(path: str) -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror}") from error
+        raise UserError(f"{printable(path)} can't be read: {error.strerror}") from error
 
 
 def cached(directory: Path, key: str, build: Callable[[Path], None], overwrite: bool = False) -> Path:

@@ -29,7 +29,7 @@ MODES = {
 # tracker: (the variable that names the project and overrides --project, the pattern of valid names, the same in words)
 PROJECT_NAMES = {
     "swanlab": ("SWANLAB_PROJ_NAME", r"[0-9a-zA-Z_+.-]{1,100}", "1 to 100 letters, digits, or of - _ . +"),
-    "wandb": ("WANDB_PROJECT", r"[^/\\#?%:]{1,128}", "1 to 128 characters, none of / \\ # ? % :"),
+    "wandb": ("WANDB_PROJECT", r"[^/\\#?%:\x00-\x1f\x7f-\x9f]{1,128}", "1 to 128 characters, none of / \\ # ? % :"),
 }
 
 
