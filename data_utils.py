@@ -32,7 +32,8 @@ from dft.reading.rows import Conversation, RejectedRow
 NOT_IN_KEY = {
     *("data_files", "eval_data_files", "data_weights", "chat_template", "channels"),
     *("train_on", "mask_thinking", "empty_turns", "chat_template_kwargs"),
-    *("preprocessing_num_workers", "data_cache_dir", "overwrite_cache", "debug_data_processing", "dry_run"),
+    *("preprocessing_num_workers", "data_cache_dir", "shared_files", "overwrite_cache"),
+    *("debug_data_processing", "dry_run"),
 }
 
 
@@ -96,4 +97,4 @@ def prepare_in_cache(config: DataConfig, chat_format: ChatFormat, *, seed: int, 
     key = data_key([file.path for file in sources.files], chat_format.tokenizer, described | asdict(sources))
     fill = partial(build, sources=sources, config=config, chat_format=chat_format, seed=seed, progress=progress)
     directory = Path(config.data_cache_dir or CACHE_DIRECTORY).expanduser()
-    return cached(directory, key, fill, config.overwrite_cache)
+    return cached(directory, key, fill, config.overwrite_cache, shared=config.shared_files)

@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 
 from dft.errors import UserError
+from dft.printable import printable
 from dft.program import rank_and_world_size
 
 ROOT_NAME = "dft"
@@ -30,6 +31,13 @@ class RankFilter(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         record.rank, record.world_size = rank_and_world_size()
         return record.rank == 0 or record.levelno >= logging.ERROR or not self.only_rank_0
+
+
+class PrintableFormatter(logging.Formatter):
+    """Escapes what comes from outside in a record, and indents its further lines, so that none looks like a record."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), lines=True).replace("\n", "\n    ")
 
 
 def setup_logging(log_file: str | Path | None = None, only_rank_0: bool = True, debug: bool = False) -> None:
@@ -59,7 +67,7 @@ def setup_logging(log_file: str | Path | None = None, only_rank_0: bool = True, 
     for handler in handlers:
         handler.addFilter(RankFilter(only_rank_0))
         handler.setFormatter(
-            logging.Formatter("%(asctime)s - [RANK %(rank)s/%(world_size)s] - %(levelname)s - %(message)s")
+            PrintableFormatter("%(asctime)s - [RANK %(rank)s/%(world_size)s] - %(levelname)s - %(message)s")
         )
         logger.addHandler(handler)
     logger.setLevel(logging.DEBUG if debug else logging.INFO)

@@ -58,7 +58,8 @@ def train(settings: Settings) -> None:
     agree_on_settings(settings, args)
     check_adapters(adapters, model_config, bool(args.fsdp))
     checkpoint, steps_done = find_checkpoint(args) if args.do_train else (None, 0)
-    trackers = check_trackers(args) if args.do_train and not data_config.dry_run else {}
+    is_tracked = args.do_train and not data_config.dry_run
+    trackers = check_trackers(args, shared=data_config.shared_files) if is_tracked else {}
     tokenizer = load_model_tokenizer(model_config, data_config.chat_template)
     config = load_config(model_config)
     is_16_bit = computes_in_16_bits(model_config, args, config)
@@ -141,8 +142,9 @@ def start_logging(settings: Settings) -> None:
         UserError: one of them can't be written to.
     """
     args = settings.training
-    make_directory(args.output_dir, "--output_dir")
-    log_dir = make_directory(args.logging_dir or args.output_dir, "--logging_dir")
+    shared = settings.data.shared_files
+    make_directory(args.output_dir, "--output_dir", shared=shared)
+    log_dir = make_directory(args.logging_dir or args.output_dir, "--logging_dir", shared=shared)
     log_file = log_dir / "train_distributed.log"
     setup_logging(log_file, settings.metrics.reduce_logging, debug=settings.data.debug_data_processing)
     quiet_libraries(progress_bars=not args.disable_tqdm)

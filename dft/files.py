@@ -7,14 +7,16 @@ from pathlib import Path
 
 from dft.errors import UserError
 
+PRIVATE = 0o700  # the mode of a directory that only this user can enter, whatever the modes inside are
 VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
 
 
-def make_directory(path: str, flag: str) -> Path:
+def make_directory(path: str, flag: str, *, shared: bool = False) -> Path:
     """Makes a directory for output, if it doesn't exist. Every rank does it, so that all stop if it can't be used.
 
     Args:
         flag: the setting that names the directory, for the error message.
+        shared: it gets the umask's mode, instead of being private to this user.
 
     Returns:
         The directory.
@@ -23,12 +25,21 @@ def make_directory(path: str, flag: str) -> Path:
         UserError: it can't be made or written to.
     """
     try:
-        Path(path).mkdir(parents=True, exist_ok=True)
+        new_directory(path, shared=shared)
     except OSError as error:
         raise UserError(f"{flag} {path} can't be made: {error.strerror}") from error
     if not os.access(path, os.W_OK):
         raise UserError(f"{flag} {path} can't be written to: choose another directory or change its permissions")
     return Path(path)
+
+
+def new_directory(path: str | Path, *, shared: bool = False) -> None:
+    """Makes a directory, if it doesn't exist; one that exists keeps its mode.
+
+    Raises:
+        OSError: it can't be made.
+    """
+    Path(path).mkdir(0o777 if shared else PRIVATE, parents=True, exist_ok=True)
 
 
 def expand_path(path: str, flag: str) -> str:

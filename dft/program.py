@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from dft.errors import SharedUserError, StoppedEarly, UserError
 from dft.launched import local_rank, spans_nodes, tell_script
+from dft.printable import printable
 
 USER_ERROR_STATUS = 2
 ERROR_GRACE_SECONDS = 30.0  # the other ranks of a node wait this long before they print the message themselves
@@ -53,7 +54,7 @@ def program() -> Iterator[None]:
         status = USER_ERROR_STATUS
     except StoppedEarly as stopped:
         if local_rank() == 0:
-            print(stopped, file=sys.stderr, flush=True)
+            print(printable(str(stopped), lines=True), file=sys.stderr, flush=True)
         status = stopped.status
     except Exception as error:
         if not _is_awaited():
@@ -69,13 +70,13 @@ def program() -> Iterator[None]:
 
 def _print_error(error: UserError) -> None:
     is_first = local_rank() == 0
-    message = f"error: {error}"
+    message = printable(f"error: {error}", lines=True)
     if is_first:
         print(message, file=sys.stderr, flush=True)
     if not isinstance(error, SharedUserError) and _is_awaited():
         remark = _tell_failure(str(error))
         if is_first and remark:
-            print(remark, file=sys.stderr, flush=True)
+            print(printable(remark, lines=True), file=sys.stderr, flush=True)
     if not is_first:
         time.sleep(ERROR_GRACE_SECONDS)
         print(message, file=sys.stderr, flush=True)

@@ -26,6 +26,7 @@ from dft.chat.template import TEMPLATE_ERRORS
 from dft.errors import UserError
 from dft.files import path_argument
 from dft.model.trained import DTYPES, TrainedModel, find_device, load_trained
+from dft.printable import printable
 from dft.program import program
 
 HELP = "/reset forgets the conversation, /exit or an empty line ends it, Ctrl-C ends an answer."
@@ -109,12 +110,12 @@ class TokenPrinter(BaseStreamer):
         self.ids += value.flatten().tolist()
         text = self._unprinted()
         if not text.endswith("\ufffd"):  # a character may be spread over several tokens
-            print(text, end="", flush=True)
+            print(printable(text, lines=True), end="", flush=True)
             self._context, self._printed = self._printed, len(self.ids)
 
     def end(self) -> None:
         """Prints what is left, and ends the line."""
-        print(self._unprinted(), flush=True)
+        print(printable(self._unprinted(), lines=True), flush=True)
 
     def _unprinted(self) -> str:
         printed = self._decode(self.ids[self._context : self._printed])
@@ -222,7 +223,7 @@ def converse(chat: Chat, ask: Callable[[str], str] = input) -> None:
         try:
             chat.answer(said)
         except UserError as error:
-            print(f"({error}; /reset begins a new one)")
+            print(f"({printable(error, lines=True)}; /reset begins a new one)")
         except KeyboardInterrupt:
             continue
 

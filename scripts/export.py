@@ -21,6 +21,7 @@ from dft.errors import UserError
 from dft.files import path_argument
 from dft.model.adapters import has_tied_head_adapted
 from dft.model.trained import DTYPES, TrainedModel, load_trained
+from dft.printable import printable
 from dft.program import program
 
 
@@ -51,7 +52,9 @@ def main(argv: list[str] | None = None) -> None:
     if (args.model / "README.md").is_file():
         shutil.copyfile(args.model / "README.md", args.output / "README.md")
     size = sum(path.stat().st_size for path in args.output.glob("*.safetensors")) / 2**20
-    print(f"{args.output}: {type(trained.model).__name__}, {trained.model.dtype}, {size:,.1f} MiB of weights")
+    print(
+        f"{printable(args.output)}: {type(trained.model).__name__}, {trained.model.dtype}, {size:,.1f} MiB of weights"
+    )
 
 
 def check_output(path: Path) -> None:

@@ -11,6 +11,9 @@
 #     NPROC         number of processes; default 2
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/secrets.sh
+take_token "$@" || exit 2
+set -- "${arguments[@]}"
 MODEL="${MODEL:?set MODEL to a model directory}"
 TRAIN="${TRAIN:?set TRAIN to the training data}"
 OUTPUT_DIR="${OUTPUT_DIR:-output/$(basename "$MODEL")_dft}"

@@ -16,6 +16,7 @@ from typing import Any
 
 from dft.errors import UserError
 from dft.files import path_argument
+from dft.printable import printable
 from dft.program import program
 from dft.tracking.curves import PANELS, series
 
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     names = run_names(args.runs, args.names)
     picture = args.output if args.output.suffix else args.output.with_suffix(".png")
     plot_runs(dict(zip(names, map(read_log, args.runs), strict=True)), picture)
-    print(picture)
+    print(printable(picture))
 
 
 def run_names(runs: list[Path], names: list[str] | None) -> list[str]:

@@ -22,6 +22,10 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+source scripts/secrets.sh
+take_token "$@" || exit 2
+set -- "${arguments[@]}"
+
 LAUNCHER="${LAUNCHER:-deepspeed}"
 LOG_DIR="${LOG_DIR:-logs}"
 DS_CONFIG="${DS_CONFIG-ds_config/zero3.json}"
@@ -41,7 +45,9 @@ if [[ "${NNODES:-1}" != 1 || ( "$LAUNCHER" == deepspeed && -n "${HOSTFILE:-}" ) 
 [[ "$has_nodes" == 0 || -z "${NODE_RANK:-}" || -n "${MASTER_ADDR:-}" ]] ||
     fail "NODE_RANK=$NODE_RANK of several nodes without MASTER_ADDR: give the name or address of node 0"
 
-mkdir -p "$(dirname "$LOG_FILE")"
+mode=700  # of a new directory: the log shows rows of the data
+if [[ " $* " =~ \ --shared[_-]files[=\ ]([Tt]rue|1|yes)\  ]]; then mode="$(printf '%o' $(( 0777 & ~$(umask) )))"; fi
+mkdir -p -m "$mode" "$(dirname "$LOG_FILE")"
 if [[ "${BACKGROUND:-0}" == 1 ]]; then
     BACKGROUND=0 LOG_FILE="$LOG_FILE" nohup bash scripts/train.sh "$@" > /dev/null 2>&1 &
     echo "Training started in background, process $!. Follow it with: tail -f $LOG_FILE"

@@ -11,6 +11,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from dft.checkpoints.integrity import check_complete, check_whole
 from dft.distributed import once_per_node
 from dft.errors import UserError
+from dft.pickles import check_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ def find_checkpoint(args: TrainingArguments) -> tuple[str | None, int]:
     step, epoch = read_position(path)
     check_complete(path)
     once_per_node(partial(check_whole, path))
+    once_per_node(partial(check_checkpoint, path))
     # Trainer would train one step more, or none and write empty results
     if step >= args.max_steps if args.max_steps > 0 else epoch >= args.num_train_epochs:
         raise UserError(

@@ -23,6 +23,7 @@ from dft.checkpoints.serving import (
 from dft.config.loss import LossConfig
 from dft.config.training import DFTTrainingArguments
 from dft.distributed import once_per_node
+from dft.pickles import check_checkpoint
 from dft.reference.rows import ReferenceRows
 
 EVALUATED_APART = (SaveStrategy.STEPS, SaveStrategy.EPOCH)  # saves that don't depend on an evaluation
@@ -66,6 +67,7 @@ class CheckpointTrainer(Trainer):
             self._facts = once_per_node(self._find_facts)
             if checkpoint:
                 once_per_node(partial(check_whole, Path(checkpoint)))
+                once_per_node(partial(check_checkpoint, Path(checkpoint)))
                 goes_on = self.args.resume_anyway if isinstance(self.args, DFTTrainingArguments) else True
                 compare_facts(checkpoint, self._facts, go_on=goes_on)
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -149,6 +151,8 @@ class CheckpointTrainer(Trainer):
             share_tied_weights(state_dict, model)
         with with_cache(model):
             super()._save(output_dir, state_dict)
+            if self.args.should_save:  # nothing reads the pickled arguments, and loading a pickle runs code
+                (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
             if self.args.should_save and not isinstance(model, PreTrainedModel):
                 save_generation_config(model, output_dir or self.args.output_dir)
 

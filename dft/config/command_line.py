@@ -22,6 +22,7 @@ from dft.config.parser import build_parser, flag_names, known_options
 from dft.config.training_checks import check_evaluation, check_row_fits, check_training
 from dft.errors import UserError
 from dft.files import expand_path
+from dft.secrets import without_secrets
 
 if TYPE_CHECKING:
     from dft.config.training import DFTTrainingArguments
@@ -57,7 +58,10 @@ def parse_args(argv: list[str] | None = None) -> Settings:
         UserError: unknown or contradictory flags, values outside their range, a bad file.
     """
     listing = load_listing()
-    values = parse_values(sys.argv[1:] if argv is None else argv, listing)
+    if argv is None:
+        argv = sys.argv[1:]
+        sys.argv[1:] = without_secrets(argv)  # trackers record it
+    values = parse_values(argv, listing)
     groups = [_of_class(cls, values) for cls in GROUPS]
     data = groups[GROUPS.index(DataConfig)]
     training = {entry["dest"]: values[entry["dest"]] for entry in listing["groups"]["training"]}

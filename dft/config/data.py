@@ -98,6 +98,9 @@ class DataConfig:
         "Where tokenized data is kept for the next run with the same files, tokenizer and settings; by default dft in "
         "the cache of Hugging Face's datasets."
     )
+    shared_files: bool = option(
+        "New directories of output and caches get the umask's modes; by default only this user can enter them.", False
+    )
     overwrite_cache: bool = option("Prepare the data anew, whatever is in the cache.", False)
     debug_data_processing: bool = option("Log every dropped row and a sample row of each file.", False)
     dry_run: bool = option("Prepare the data, show the report and sample rows, and stop before the model.", False)

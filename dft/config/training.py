@@ -180,6 +180,8 @@ class DFTTrainingArguments(TrainingArguments):
             self.disable_tqdm = not sys.stderr.isatty()
         if self.eval_strategy is None:
             self.eval_strategy = "no"
+        if self.hub_token is not None:  # in the environment it is in no file that is saved, and in no message
+            os.environ["HF_TOKEN"], self.hub_token = self.hub_token, None
         names = tracker_names(self.report_to)
         self.report_to = names[0] if names in (["all"], ["none"]) else names
         if self.warmup_ratio is not None:

@@ -19,6 +19,8 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from dft.errors import UserError
+from dft.files import new_directory
+from dft.printable import printable
 
 logger = logging.getLogger(__name__)
 
@@ -60,15 +62,20 @@ def _content(path: str) -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror}") from error
+        raise UserError(f"{printable(path)} can't be read: {error.strerror}") from error
 
 
-def cached(directory: Path, key: str, build: Callable[[Path], None], overwrite: bool = False) -> Path:
+def cached(
+    directory: Path, key: str, build: Callable[[Path], None], overwrite: bool = False, *, shared: bool = False
+) -> Path:
     """The directory of a cache entry, filled by `build` if it isn't there yet.
 
     Of several processes that want the same entry at once, one builds it and the others wait. An entry gets its name
     when it is whole, so that what a killed process left behind is never taken for one. An entry whose files have
     changed since, as by a disk that was full or failed, is made anew.
+
+    Args:
+        shared: a new cache gets the umask's mode, instead of being private to this user.
 
     Raises:
         UserError: the directory can't be written to; or by `build`.
@@ -78,7 +85,7 @@ def cached(directory: Path, key: str, build: Callable[[Path], None], overwrite: 
     start = time.time()
     lock = FileLock(directory / f"{key}.lock")
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        new_directory(directory, shared=shared)
         lock.acquire()
     except OSError as error:
         raise UserError(f"--data_cache_dir {directory} can't be written to: {error.strerror}") from error

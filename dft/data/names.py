@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from dft.printable import printable
+
 MAX_NAME = 64  # characters in a table, where that leaves names apart
 HEAD = 24  # characters that are kept of the beginning of a longer name
 
@@ -14,8 +16,7 @@ def file_labels(paths: Sequence[str]) -> list[str]:
 
     Control characters are escaped. The middle of a long name is left out, unless the names would become the same.
     """
-    labels = shortest_endings([Path(os.path.abspath(path)).parts[1:] for path in paths])
-    labels = ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in label) for label in labels]
+    labels = [printable(ending) for ending in shortest_endings([Path(os.path.abspath(p)).parts[1:] for p in paths])]
     short = [_shortened(label) for label in labels]
     uses = Counter(short)
     return numbered([cut if uses[cut] == 1 else label for cut, label in zip(short, labels, strict=True)])

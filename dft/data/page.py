@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dft.data.prepared import PreparedData
 from dft.data.report import report_cells, report_notes, report_warnings, runs
+from dft.printable import printable
 
 BARS = 40
 WIDTH, HEIGHT, FOOT = 720, 160, 20  # of the histogram, in pixels
@@ -51,8 +52,9 @@ def write_page(data: PreparedData, tokenizer: PreTrainedTokenizerBase, path: Pat
     samples = []
     for row in data.samples:
         parts = runs(row, tokenizer)
-        text = "".join(f"<b>{escape(part)}</b>" if is_supervised else escape(part) for part, is_supervised in parts)
-        samples.append(f"<h3>{escape(row.path)}:{row.line}</h3>\n<pre>{text}</pre>")
+        shown = [(escape(printable(part, lines=True)), is_supervised) for part, is_supervised in parts]
+        text = "".join(f"<b>{part}</b>" if is_supervised else part for part, is_supervised in shown)
+        samples.append(f"<h3>{escape(printable(row.path))}:{row.line}</h3>\n<pre>{text}</pre>")
     page = PAGE.substitute(
         summary=f"{len(data.train):,} training rows and {data.num_evaluation:,} evaluation rows.",
         table="\n".join(

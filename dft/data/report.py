@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -16,13 +15,13 @@ from dft.chat.remarks import EMPTY_TURN, TURN_WITHOUT_THINKING, describe_remark
 from dft.constants import IGNORE_INDEX
 from dft.data.names import file_labels
 from dft.data.rejection_log import DROPPED_ON_REQUEST
+from dft.printable import printable
 
 PERCENTILES = {"min": 0, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "p99": 99, "max": 100}
 COLUMNS_OF_REMARKS = {TURN_WITHOUT_THINKING: "thinking lost", EMPTY_TURN: "empty turns"}  # where there are any
 MANY_DROPPED = 0.1  # share of a file's rows above which their loss is a warning
 SHOWN_REASONS = 3
 GREEN, GRAY, PLAIN = "\033[32m", "\033[90m", "\033[0m"
-CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a terminal would obey it
 
 
 @dataclass
@@ -185,8 +184,8 @@ def report_warnings(report: dict[str, Any]) -> list[str]:
             words = ", ".join(f"{n:,} {reason}" for reason, n in commonest)
             more = ", and others" if len(reasons) > SHOWN_REASONS else ""
             warnings.append(
-                f"{entry['path']}: {dropped:,} of {read:,} rows ({dropped / read:.0%}) are dropped: {words}{more}; "
-                "see rejected.jsonl"
+                f"{printable(entry['path'])}: {dropped:,} of {read:,} rows ({dropped / read:.0%}) are dropped: {words}"
+                f"{more}; see rejected.jsonl"
             )
     return warnings
 
@@ -230,5 +229,5 @@ def show_row(row: SampleRow, tokenizer: PreTrainedTokenizerBase, color: bool | N
     text = ""
     for part, is_supervised in runs(row, tokenizer):
         before, after = marks[is_supervised]
-        text += before + CONTROL_CHARACTER.sub(lambda match: ascii(match[0])[1:-1], part) + after
-    return f"{row.path}:{row.line}\n{text}"
+        text += before + printable(part, lines=True) + after
+    return f"{printable(row.path)}:{row.line}\n{text}"

@@ -20,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from dft.config.adapters import AdapterConfig
 from dft.config.model import ModelConfig
 from dft.errors import UserError
+from dft.pickles import check_model
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -107,6 +108,8 @@ def with_adapters(model: PreTrainedModel, settings: AdapterConfig, seed: int) ->
     """
     from peft import LoraConfig, PeftModel, get_peft_model
 
+    if settings.adapter:
+        check_model(settings.adapter)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -23,6 +23,7 @@ from dft.model.compiled import point_to_kernels
 from dft.model.fit import tokenizer_size
 from dft.model.resizing import add_rows
 from dft.model.tokenizer import load_tokenizer
+from dft.pickles import check_model
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -84,6 +85,7 @@ def load_model(
         UserError: it can't be loaded.
     """
     name = settings.model_name_or_path
+    check_model(name)
     if settings.trust_remote_code:
         logger.warning("Running Python code from %s, revision %s", name, settings.model_revision)
     more = quantization(adapters, args, type_of(settings, config)) | settings.source

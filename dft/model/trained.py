@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from dft.chat.format import ChatFormat
 from dft.errors import UserError
 from dft.model.tokenizer import LOADING_ERRORS, load_tokenizer, special_token_ids
+from dft.pickles import check_model
 from dft.reading.rows import RowError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -68,6 +69,7 @@ def load_trained(
     if not is_adapter and not (directory / "config.json").is_file():
         raise UserError(f"{directory} is not a model directory: neither config.json nor adapter_config.json is in it")
     try:
+        check_model(directory)
         load = load_adapter if is_adapter else load_model
         model = load(str(directory), dtype, trust_remote_code).to(device).eval()
         has_tokenizer = (directory / "tokenizer_config.json").is_file()
@@ -94,6 +96,7 @@ def load_adapter(directory: str, dtype: str, trust_remote_code: bool) -> PreTrai
     if not any(Path(directory).glob("adapter_model.*")):
         raise UserError(f"{directory} has no adapter_model.safetensors beside its adapter_config.json: copy all of it")
     name = PeftConfig.from_pretrained(directory).base_model_name_or_path
+    check_model(name)
     try:
         base = load_model(name, dtype, trust_remote_code)
     except MODEL_ERRORS as error:

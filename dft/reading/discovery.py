@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dft.errors import UserError
 from dft.files import expand_path
+from dft.printable import printable
 from dft.reading.walk import SUFFIXES, Findings, find_below, find_matches, is_data_file
 
 logger = logging.getLogger(__name__)
@@ -70,11 +71,11 @@ def _find(path: Path) -> Findings:
 
 def _what_is_missing(pattern: str, path: Path, found: Findings) -> list[str]:
     """Errors for a pattern that names nothing, and for directories that can't be read."""
-    problems = [f"  {directory}: this directory can't be read" for directory in found.unreadable]
+    problems = [f"  {printable(directory)}: this directory can't be read" for directory in found.unreadable]
     if found.files or problems:
         return problems
     if path.is_symlink() and not path.exists():
-        return [f"  {pattern}: a broken link, to {os.readlink(path)}"]
+        return [f"  {printable(pattern)}: a broken link, to {printable(os.readlink(path))}"]
     if path.is_dir():
         what = "no data file in this directory"
     else:
@@ -82,7 +83,7 @@ def _what_is_missing(pattern: str, path: Path, found: Findings) -> list[str]:
     left_out = [
         _count(paths, kind) for paths, kind in ((found.hidden, "hidden entry"), (found.broken, "broken link")) if paths
     ]
-    return [f"  {pattern}: {what}" + (f", only {' and '.join(left_out)}" if left_out else "")]
+    return [f"  {printable(pattern)}: {what}" + (f", only {' and '.join(left_out)}" if left_out else "")]
 
 
 def _report(name: str, found: Findings) -> None:
@@ -96,7 +97,7 @@ def _report(name: str, found: Findings) -> None:
     ]
     for log, paths, kind, what in levels:
         if paths:
-            log("%s: %s %s: %s", name, _count(paths, kind), what, _examples(paths, name))
+            log("%s: %s %s: %s", printable(name), _count(paths, kind), what, _examples(paths, name))
 
 
 def _count(paths: list[str], kind: str) -> str:
@@ -111,16 +112,16 @@ def _examples(paths: list[str], below: str = "") -> str:
     names = []
     for path in different[:EXAMPLES]:
         target = f" -> {os.readlink(path)}" if os.path.islink(path) else ""
-        names.append(path.removeprefix(below + os.sep) + target)
+        names.append(printable(path.removeprefix(below + os.sep) + target))
     return ", ".join(names) + (", …" if len(different) > EXAMPLES else "")
 
 
 def _problems(file: DataFile, earlier: DataFile) -> list[str]:
     """Why a file can't be read, or contradicts the `earlier` pattern that named it too; empty if all is well."""
     if not is_data_file(Path(file.path)):
-        return [f"  {file.path}: not a {', '.join(SUFFIXES)} file"]
+        return [f"  {printable(file.path)}: not a {', '.join(SUFFIXES)} file"]
     if (earlier.max_rows, earlier.weight) != (file.max_rows, file.weight):
-        return [f"  {file.path}: named twice, with different samples or weights"]
+        return [f"  {printable(file.path)}: named twice, with different samples or weights"]
     if file.path.encode("utf-8", "replace").decode() != file.path:
         return [f"  {file.path!a}: rename it, the name is not UTF-8"]
     return []

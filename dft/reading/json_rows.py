@@ -4,9 +4,10 @@ import codecs
 import json
 from collections.abc import Iterator
 
+from dft.reading.row_memory import expands_too_much
 from dft.reading.rows import RawRow
 from dft.reading.streams import BUFFER_BYTES, COMPRESSED, Stream, encoding_problem, open_stream
-from dft.reading.strict_json import json_problem
+from dft.reading.strict_json import TOO_MANY_VALUES, json_problem
 from dft.reading.text_window import TextWindow
 
 MAX_ROW_BYTES = 64 << 20
@@ -79,12 +80,30 @@ def _line_rows(stream: Stream) -> Iterator[RawRow]:
         data = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
         if data.strip(WHITE_SPACE):
             try:
-                yield RawRow(number, data.decode("utf-8").rstrip("\r\n"))
+                yield RawRow(number, data.rstrip(b"\r\n").decode("utf-8"))
             except UnicodeDecodeError as error:
                 text = data.decode("utf-8", "backslashreplace").rstrip("\r\n")
                 detail = encoding_problem(offset + error.start, error)
                 yield RawRow(number, text, reason="not_utf8", detail=detail)
+        else:
+            lines, blank = _skip_blank_lines(stream)
+            number += lines
+            offset += blank
         offset += len(line)
+
+
+def _skip_blank_lines(stream: Stream) -> tuple[int, int]:
+    """Reads on to the next line that holds more than white space, a buffer at once; returns the lines and bytes."""
+    lines = skipped = 0
+    while True:
+        ahead = stream.peek(BUFFER_BYTES)
+        blank = ahead[: len(ahead) - len(ahead.lstrip(WHITE_SPACE))]
+        blank = blank[: blank.rfind(b"\n") + 1]
+        if not blank:
+            return lines, skipped
+        stream.read(len(blank))
+        lines += blank.count(b"\n")
+        skipped += len(blank)
 
 
 # ---- arrays, and objects over several lines -----------------------------------------------------
@@ -151,6 +170,8 @@ def _end_of_value(window: TextWindow) -> int | str:
                 return f"broken JSON: {error.msg} at line {line}"
         if len(window.text) - window.position > MAX_ROW_BYTES:
             return _too_long("an item")
+        if expands_too_much(window.rest()):
+            return TOO_MANY_VALUES
         window.grow()
 
 

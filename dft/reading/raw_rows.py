@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pyarrow.parquet
 
 from dft.errors import UserError
+from dft.printable import printable
 from dft.reading.json_rows import json_rows
 from dft.reading.rows import RawRow
 from dft.reading.streams import DAMAGE_ERRORS
@@ -30,7 +31,7 @@ def read_rows(path: str) -> Iterator[RawRow]:
         with open(path, "rb") as file:
             head = file.read(4)
     except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror}") from error
+        raise UserError(f"{printable(path)} can't be read: {error.strerror}") from error
     rows = _parquet_rows(path) if path.endswith(".parquet") else json_rows(path, head)
     line = 0
     try:
@@ -39,7 +40,7 @@ def read_rows(path: str) -> Iterator[RawRow]:
             yield row
     except DAMAGE_ERRORS as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise UserError(f"{path} can't be read: {error.strerror}") from error
+            raise UserError(f"{printable(path)} can't be read: {error.strerror}") from error
         problem = " ".join(str(error).split())
         detail = f"damaged after line {line} ({problem}); the rest of the file is not read"
         yield RawRow(line + 1, "", reason="unreadable_file", detail=detail)

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from dft.printable import printable
+
 
 @dataclass
 class RawRow:
@@ -46,7 +48,7 @@ class RejectedRow:
     is_malformed: bool  # True: the row is broken; False: it is valid, but nothing can be learned from it
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.line}: {self.detail}"
+        return f"{printable(self.path)}:{self.line}: {self.detail}"
 
 
 class RowError(Exception):

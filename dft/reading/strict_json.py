@@ -6,12 +6,14 @@ import re
 from collections import Counter
 from typing import Any
 
+from dft.reading.row_memory import MAX_EXPANSION, expands_too_much
 from dft.reading.rows import RowError, malformed
 
 # Parsers, templates and our own functions recurse over nested values. At this depth all of them stay far below the
 # limit of any interpreter, so whether a row is accepted doesn't depend on the machine.
 MAX_NESTING = 100
 TOO_DEEP = f"nested too deeply: at most {MAX_NESTING} lists and objects may stand inside each other"
+TOO_MANY_VALUES = f"so many small values that they would take more than {MAX_EXPANSION} times the memory of their text"
 SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)
 
@@ -22,6 +24,8 @@ class RepeatedKey(dict):
     Attributes:
         repeated: the keys that stand in it more than once.
     """
+
+    __slots__ = ("repeated",)
 
     def __init__(self, pairs: list[tuple[str, Any]]):
         super().__init__(pairs)
@@ -41,8 +45,10 @@ def decode(text: str) -> Any:
     """Parses the JSON of a whole row; an object with a repeated key becomes a RepeatedKey.
 
     Raises:
-        RowError: the text is not JSON, or nested beyond the parser's own limit.
+        RowError: the text is not JSON, nested beyond the parser's own limit, or of very many very small values.
     """
+    if expands_too_much(text):
+        raise malformed(TOO_MANY_VALUES)
     try:
         value = DECODER.decode(text)
         if SURROGATE_ESCAPE.search(text):  # files are UTF-8, which can't hold half a pair: only an escape makes one

@@ -39,7 +39,7 @@ class TextWindow:
         Raises:
             DAMAGE_ERRORS: the stream is damaged here.
         """
-        rest = self.text[self.position :]
+        rest = self.rest()
         data = self._read(max(CHUNK_BYTES, len(rest)))
         self.at_end = not data
         self.text = rest + self._decode(data)
@@ -70,6 +70,10 @@ class TextWindow:
             self.at_end = True
             self.not_utf8 = encoding_problem(self._bytes_read - len(error.object) + error.start, error)
             return error.object[: error.start].decode("utf-8")
+
+    def rest(self) -> str:
+        """The text from the position on."""
+        return self.text[self.position :]
 
     def move_to(self, position: int) -> None:
         """Moves forward to a position in `text`."""

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from dft.digest import digest_of_rows
+from dft.files import new_directory
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def save(directories: Iterable[Path], name: str, values: Values) -> None:
     for directory in directories:
         unfinished = directory / f"{name}.{os.getpid()}.unfinished"
         try:
-            directory.mkdir(parents=True, exist_ok=True)
+            new_directory(directory)
             with open(unfinished, "wb") as file:
                 np.savez(file, values=values[0], counts=values[1])
             os.replace(unfinished, directory / name)

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from dft.printable import printable
 from dft.tracking.curves import CURVES_FILE, final_weights_are_best, series
 
 TRAINING_FIELDS = {  # key of a training record: (name on the console, number format)
@@ -97,7 +98,7 @@ def print_lines(trainer: Trainer) -> None:
 
 def summary(trainer: Trainer) -> str:
     """Summarizes a finished training in a few lines: what was done, with what result, and where its files are."""
-    history, state, out = trainer.state.log_history, trainer.state, Path(trainer.args.output_dir)
+    history, state, out = trainer.state.log_history, trainer.state, Path(printable(trainer.args.output_dir))
     totals = next(record for record in reversed(history) if "train_runtime" in record)
     done = f"{state.global_step} steps"
     if totals["train_steps"] < state.global_step:
@@ -113,7 +114,7 @@ def summary(trainer: Trainer) -> str:
         f"  talk to it                python scripts/chat.py {shlex.quote(str(out))}",
         f"  evaluate it               python scripts/evaluate.py {shlex.quote(str(out))} --data_files FILE",
     ]
-    return "\n".join(lines)
+    return printable("\n".join(lines), lines=True)
 
 
 def _result_lines(trainer: Trainer) -> list[str]:
@@ -131,5 +132,5 @@ def _result_lines(trainer: Trainer) -> list[str]:
             lines.append(f"  {name:<25} {first}{values[-1]:.4f} at step {steps[-1]}")
     if state.best_model_checkpoint:
         metric = f"{trainer.args.metric_for_best_model} {state.best_metric:.4f}"
-        lines.append(f"  best checkpoint           {state.best_model_checkpoint} ({metric})")
+        lines.append(f"  best checkpoint           {printable(state.best_model_checkpoint)} ({metric})")
     return lines

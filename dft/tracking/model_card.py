@@ -1,8 +1,10 @@
 """The model card: base model, data, training settings, results, limits and use, as README.md."""
 
+import json
 import logging
 import re
 from enum import Enum
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from transformers import TrainerState, TrainingArguments
 from dft.config.adapters import AdapterConfig
 from dft.config.loss import LossConfig
 from dft.data.names import file_labels
+from dft.printable import printable
 from dft.tracking.curves import final_weights_are_best, series
 
 logger = logging.getLogger(__name__)
@@ -46,15 +49,16 @@ def write_card(about: dict[str, Any], report: dict[str, Any], args: TrainingArgu
 def model_card(about: dict[str, Any], report: dict[str, Any], args: TrainingArguments, state: TrainerState) -> str:
     """Makes a model card in the format of the Hugging Face Hub; the arguments are those of write_card."""
     base, name = _name(about["model"]["model_name_or_path"]), Path(args.output_dir).resolve().name
+    quoted = json.dumps(printable(name), ensure_ascii=False)
     loss, adapters = LossConfig(**about["dft"]), AdapterConfig(**about["adapters"])
     best_step = state.best_global_step if final_weights_are_best(args, state) else None
     return f"""\
 {_front_matter(base, loss, adapters)}
 {MARK}
 
-# {name}
+# {_text(name)}
 
-{"LoRA adapter on " if adapters.has_adapters else ""}`{base}`, fine-tuned with {_objective(loss)}
+{"LoRA adapter on " if adapters.has_adapters else ""}`{_code(base)}`, fine-tuned with {_objective(loss)}
 
 ## Data
 
@@ -83,7 +87,7 @@ Cross-entropy in nats per supervised token. {_weights(args, best_step)}
 ```python
 from transformers import pipeline
 
-chat = pipeline("text-generation", "{name}")  # the directory of this file, or its name on the hub
+chat = pipeline("text-generation", {quoted})  # the directory of this file, or its name on the hub
 print(chat([{{"role": "user", "content": "Hello"}}], max_new_tokens=256)[0]["generated_text"][-1]["content"])
 ```
 
@@ -135,8 +139,18 @@ def _table(header: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text that can't break a Markdown table: without pipes, line breaks and control characters."""
-    return "".join(c if c.isprintable() else " " for c in text.replace("|", "¦"))
+    """Text that can't break a Markdown table: without pipes and line breaks."""
+    return _text(text).replace("|", "¦")
+
+
+def _text(text: str) -> str:
+    """Text that is neither Markdown nor HTML, whatever is in it."""
+    return re.sub(r"([\\`*\[\]~])", r"\\\1", escape(printable(text), quote=False))
+
+
+def _code(text: str) -> str:
+    """Text for between two backticks."""
+    return printable(text).replace("`", "'")
 
 
 def _data_table(report: dict[str, Any]) -> str:
@@ -158,7 +172,7 @@ def _data_table(report: dict[str, Any]) -> str:
 def _held_out(about: dict[str, Any]) -> str:
     """A sentence about the training and evaluation rows."""
     rows = about["num_rows"]
-    files = ", ".join(file_labels(list(dict.fromkeys(about["data"]["eval_data_files"] or ()))))
+    files = ", ".join(map(_text, file_labels(list(dict.fromkeys(about["data"]["eval_data_files"] or ())))))
     source = f"from {files}" if files else "held out"
     return f"{rows['training']:,} rows were trained on in an epoch, {rows['evaluation']:,} evaluated on, {source}."
 

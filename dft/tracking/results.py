@@ -26,8 +26,6 @@ def save_run(trainer: Trainer, metrics: dict[str, float]) -> None:
         _save_metrics(trainer, "eval", _evaluation_of_final_weights(trainer))
     trainer.save_state()
     if args.process_index == 0:
-        # Trainer pickles its arguments, but a published model should hold no pickle; the JSON masks tokens and keys
-        (Path(args.output_dir) / "training_args.bin").unlink(missing_ok=True)
         (Path(args.output_dir) / "training_args.json").write_text(args.to_json_string() + "\n", encoding="utf-8")
 
 

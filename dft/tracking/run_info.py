@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainingArguments
 
 from dft.errors import UserError
+from dft.secrets import without_secrets
 
 if TYPE_CHECKING:
     from dft.config.command_line import Settings
@@ -52,17 +53,6 @@ def about_run(
         "git_commit": _git_commit(),
         "command_line": shlex.join(without_secrets(sys.argv)),
     }
-
-
-def without_secrets(argv: list[str]) -> list[str]:
-    """Hides the values of flags such as --hub_token in a command line, which dashboards and run.json show."""
-    words, is_secret = [], False
-    for word in argv:
-        name, equals, _ = word.partition("=")
-        names_secret = name.startswith("--") and name.replace("-", "_").endswith(("_token", "_key"))
-        words.append("HIDDEN" if is_secret else f"{name}=HIDDEN" if names_secret and equals else word)
-        is_secret = names_secret and not equals
-    return words
 
 
 def _git_commit() -> str | None:

@@ -29,15 +29,18 @@ MODES = {
 # tracker: (the variable that names the project and overrides --project, the pattern of valid names, the same in words)
 PROJECT_NAMES = {
     "swanlab": ("SWANLAB_PROJ_NAME", r"[0-9a-zA-Z_+.-]{1,100}", "1 to 100 letters, digits, or of - _ . +"),
-    "wandb": ("WANDB_PROJECT", r"[^/\\#?%:]{1,128}", "1 to 128 characters, none of / \\ # ? % :"),
+    "wandb": ("WANDB_PROJECT", r"[^/\\#?%:\x00-\x1f\x7f-\x9f]{1,128}", "1 to 128 characters, none of / \\ # ? % :"),
 }
 
 
-def check_trackers(args: TrainingArguments) -> dict[str, str]:
+def check_trackers(args: TrainingArguments, *, shared: bool = False) -> dict[str, str]:
     """Finds the trackers of `report_to` that can be used. Every rank calls it, so that all stop at a mistake.
 
     A tracker whose package is missing is dropped with a warning. One without an API key, or whose server refuses the
     key or can't be reached, is switched to writing to disk, with a warning that says how to upload that.
+
+    Args:
+        shared: new directories get the umask's modes.
 
     Returns:
         The mode of each usable tracker, "" for those without modes; nothing on other ranks than 0, which don't track.
@@ -51,7 +54,7 @@ def check_trackers(args: TrainingArguments) -> dict[str, str]:
     for name in args.report_to:
         check_mode(name)
         check_project(name, args)
-        make_directory(*directory_of(name, args))
+        make_directory(*directory_of(name, args), shared=shared)
         if args.process_index == 0:
             with warn_on_failure(name):
                 INTEGRATION_TO_CALLBACK[name]()  # raises an error that says which package is missing

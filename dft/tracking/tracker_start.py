@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import default_logdir
 
+from dft.printable import printable
 from dft.tracking.tracker_checks import directory_of, project_of, warn_on_failure
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,11 @@ class TrackerIds:
         self._path.write_text(json.dumps(self._ids) + "\n", encoding="utf-8")
 
 
+def name_of(args: TrainingArguments) -> str | None:
+    """--run_name, as trackers may print it."""
+    return None if args.run_name is None else printable(args.run_name)
+
+
 def start_swanlab(args: TrainingArguments, mode: str, about: dict[str, Any], ids: TrackerIds) -> None:
     """Starts SwanLab's run, because transformers' callback fails if there is none yet.
 
@@ -85,7 +91,7 @@ def start_swanlab(args: TrainingArguments, mode: str, about: dict[str, Any], ids
 
     if mode == "local":  # its page shows a nested setting as [object Object]
         about = {name: json.dumps(value) if isinstance(value, dict) else value for name, value in about.items()}
-    settings = {"project": project_of("swanlab", args)[0], "name": args.run_name, "mode": mode, "config": about}
+    settings = {"project": project_of("swanlab", args)[0], "name": name_of(args), "mode": mode, "config": about}
     run = swanlab.init(log_dir=directory_of("swanlab", args)[0], **settings, **ids.resume_arguments("swanlab"))
     ids.save("swanlab", run.id)
 
@@ -94,7 +100,7 @@ def start_wandb(args: TrainingArguments, mode: str, about: dict[str, Any], ids: 
     """Starts WandB's run, which transformers' callback then logs to. WANDB_DIR and WANDB_PROJECT are respected."""
     import wandb
 
-    settings = {"project": project_of("wandb", args)[0], "name": args.run_name, "mode": mode, "config": about}
+    settings = {"project": project_of("wandb", args)[0], "name": name_of(args), "mode": mode, "config": about}
     run = wandb.init(dir=directory_of("wandb", args)[0], **settings, **ids.resume_arguments("wandb"))
     ids.save("wandb", run.id)
 
@@ -109,7 +115,7 @@ def start_tensorboard(args: TrainingArguments, mode: str, about: dict[str, Any],
     from torch.utils.tensorboard import SummaryWriter
 
     earlier, now = ids.earlier("tensorboard"), Path(default_logdir()).name
-    runs, name = Path(directory_of("tensorboard", args)[0]), earlier or (args.run_name or now).replace(os.sep, "_")
+    runs, name = Path(directory_of("tensorboard", args)[0]), earlier or (name_of(args) or now).replace(os.sep, "_")
     if not name.strip("."):  # "." and ".." would be other directories
         name = now
     if earlier is None and (runs / name).exists():

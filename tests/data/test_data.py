@@ -419,7 +419,7 @@ def test_the_key_covers_all_the_code_that_makes_the_data():
     loaded = {Path(name) for name in run([sys.executable, "-c", script]).stdout.split()}
     ours = {path.relative_to(ROOT) for path in loaded if path.is_relative_to(ROOT) and ".venv" not in path.parts}
     others = {path for path in ours if path.parent.name not in (*data_cache.ROOMS, "config")}
-    shared = ("__init__", "constants", "distributed", "errors", "files", "interface", "launched")
+    shared = ("__init__", "constants", "distributed", "errors", "files", "interface", "launched", "printable")
     assert {str(path) for path in others} == {"data_utils.py", *(f"dft/{name}.py" for name in shared)}
 
 
