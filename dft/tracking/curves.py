@@ -58,8 +58,8 @@ def plot_curves(log_history: list[dict[str, Any]], path: Path) -> None:
             axis.legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)
-    # A figure and its parts refer to each other: 4 to 6 MB that stay until the collector of such circles runs, which it
-    # rarely does by itself in a training
+    # A figure and its parts refer to each other: 4 to 6 MB that stay until the collector of such circles runs, which
+    # it rarely does by itself in a training
     gc.collect()
 
 
