@@ -67,18 +67,18 @@ class StagedSave:
         Raises:
             OSError: on all ranks, if a node has less room than its ranks need together.
         """
-        free = None
-        if local_rank() == 0:
+        self._nodes = self._find_nodes()
+        is_first, free = self._rank in self._nodes.first_ranks, None
+        if is_first:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             clear_leftovers(self.run_dir)
             free = shutil.disk_usage(self.run_dir).free
-        local_ranks, needs, room = zip(*gather_in_training((local_rank(), needed, free)), strict=True)
-        self._nodes = Nodes(local_ranks)
+        needs, room = zip(*gather_in_training((needed, free)), strict=True)
         for node, first in enumerate(self._nodes.first_ranks):
             node_needs = sum(needs[rank] for rank in self._nodes.ranks_of(node))
             if node_needs > room[first]:
                 raise no_room(self.final, node_needs, room[first])
-        if local_rank() == 0:
+        if is_first:
             self.staged.mkdir(parents=True, exist_ok=True)  # another node that shares it may have made it
             if len(self._nodes.first_ranks) > 1:
                 self._mark(self._rank).touch()
@@ -116,6 +116,12 @@ class StagedSave:
     def give_up(self) -> None:
         """Gives the room back that an unfinished save takes, as far as possible."""
         shutil.rmtree(self.staged, ignore_errors=True)
+
+    def _find_nodes(self) -> Nodes:
+        """The nodes; ranks of one node that write to other directories count as of another."""
+        ranks = gather_in_training((local_rank(), str(self.run_dir.absolute())))
+        earlier = [None, *(directory for _, directory in ranks)]
+        return Nodes([rank if directory == earlier[i] else 0 for i, (rank, directory) in enumerate(ranks)])
 
     def _mark(self, rank: int) -> Path:
         """A file by which other nodes see that they share the directory of this rank."""

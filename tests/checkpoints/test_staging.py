@@ -3,6 +3,9 @@
 import json
 import os
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,9 +14,10 @@ import torch
 
 from dft.checkpoints import staging
 from dft.checkpoints.integrity import check_whole
+from dft.checkpoints.manifest import read_manifests
 from dft.checkpoints.resume import find_checkpoint
 from dft.checkpoints.shares import Nodes, assign_files
-from dft.checkpoints.staging import clear_leftovers, rotate
+from dft.checkpoints.staging import StagedSave, clear_leftovers, rotate
 from dft_trainer import DFTTrainer
 
 SETTINGS = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
@@ -213,6 +217,80 @@ def test_files_without_a_rank_are_divided_by_size():
     listing = {f"model-{i}.safetensors": 100 - i for i in range(8)}
     shares = assign_files(Nodes([0, 1]), [listing], [0])
     assert [len(share) for share in shares] == [4, 4]
+
+
+class Ranks:
+    """Four ranks of two nodes, as threads that save together."""
+
+    def __init__(self, monkeypatch, local_ranks: list[int]):
+        self._here, self._met, self._values = threading.local(), threading.Barrier(4), [None] * 4
+        monkeypatch.setattr(staging, "gather_in_training", self._gather)
+        monkeypatch.setattr(staging, "local_rank", lambda: local_ranks[self._here.rank])
+
+    def _gather(self, value: object) -> list:
+        self._values[self._here.rank] = value
+        self._met.wait(timeout=60)
+        values = list(self._values)
+        self._met.wait(timeout=60)
+        return values
+
+    def _save(self, directory: Path, rank: int, needed: int = 1) -> int:
+        self._here.rank = rank
+        save = StagedSave(directory, "checkpoint-1")
+        save._rank = rank
+        save.begin(needed)
+        (save.staged / "global_step1").mkdir(parents=True, exist_ok=True)
+        (save.staged / "global_step1" / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").write_text("x" * 9)
+        if rank == 0:
+            (save.staged / "model.safetensors").write_text("weights")
+        return save.publish({"made_with": {}, "versions": {}})
+
+    def save(self, directories: list[Path], **kwargs) -> list[int]:
+        with ThreadPoolExecutor(4) as pool:
+            return list(pool.map(partial(self._save, **kwargs), directories, range(4)))
+
+
+PARTS = [f"global_step1/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("local_ranks", "places", "manifests"),
+    [
+        ([0, 1, 0, 1], "aaaa", {"a": {"manifest.json": [0, 1, 2, 3]}}),
+        ([0, 1, 2, 3], "aaaa", {"a": {"manifest.json": [0, 1, 2, 3]}}),
+        ([0, 1, 0, 1], "aabb", {"a": {"manifest.json": [0, 1]}, "b": {"manifest-2.json": [2, 3]}}),
+        ([0, 0, 0, 0], "abab", {"a": {"manifest.json": [0, 2]}, "b": {"manifest-1.json": [1, 3]}}),
+        ([0, 1, 2, 3], "aaab", {"a": {"manifest.json": [0, 1, 2]}, "b": {"manifest-3.json": [3]}}),
+    ],
+)
+def test_every_directory_gets_a_manifest_of_what_is_there(tmp_path, monkeypatch, local_ranks, places, manifests):
+    """Whether all nodes share one, some of them do, or ranks of a node write to their own."""
+    sizes = Ranks(monkeypatch, local_ranks).save([tmp_path / place for place in places])
+    for place, expected in manifests.items():
+        assert [path.name for path in (tmp_path / place).iterdir()] == ["checkpoint-1"]
+        checkpoint = tmp_path / place / "checkpoint-1"
+        check_whole(checkpoint)
+        found = {name: content["files"].keys() for name, content in read_manifests(checkpoint).items()}
+        weights = {"model.safetensors"} if place == "a" else set()
+        assert found == {name: {PARTS[rank] for rank in ranks} | weights for name, ranks in expected.items()}
+    assert sum(sizes) == 4 * 9 + len("weights")
+    assert [bool(size) for size in sizes] == [rank == places.index(places[rank]) for rank in range(4)]
+
+
+def test_no_node_saves_where_one_has_no_room(tmp_path, monkeypatch):
+    """Each rank needs a byte less than there is, and the two of a node more."""
+    ranks = Ranks(monkeypatch, [0, 1, 0, 1])
+    monkeypatch.setattr(
+        staging.shutil, "disk_usage", lambda place: SimpleNamespace(free=9 if place.name == "b" else 99)
+    )
+    for needed, fits in ((5, False), (4, True)):
+        if fits:
+            ranks.save([tmp_path / place for place in "aabb"], needed=needed)
+        else:
+            with pytest.raises(OSError, match="takes at least"):
+                ranks.save([tmp_path / place for place in "aabb"], needed=needed)
+        for place in "ab":
+            assert (tmp_path / place / "checkpoint-1").exists() == fits
 
 
 def test_a_manifest_says_what_the_run_was(make_trainer, tmp_path):
