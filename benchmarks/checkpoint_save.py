@@ -94,6 +94,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--directory", help="where to save; by default that of temporary files")
     args = parser.parse_args()
+    load = os.getloadavg()[0]
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory(dir=args.directory) as directory:
         trainer = make_trainer(directory, *((256, 2) if args.quick else (768, 12)))
@@ -109,6 +110,7 @@ def main() -> None:
     lines += [(n, *(f"{value:.2f}" for value in (median(t), min(t), max(t)))) for n, t in found.items()]
     about = surroundings(("torch", "transformers", "accelerate"))
     what = f"A checkpoint of {size / 2**30:.2f} GiB, {len(found['hashes alone'])} rounds, wall time."
+    what += f" The load average was {load:.1f} before it: other programs take cores from the hashes."
     text = "\n\n".join(["# What a save costs: results", facts(about), what, markdown_table(lines)])
     print(text)
     if not args.quick:
