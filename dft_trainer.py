@@ -45,7 +45,7 @@ logger = get_logger(__name__)
 TRAINER_DIVIDES_LOSS = not hasattr(Trainer, "loss_is_scaled_for_ga")
 
 
-class DFTTrainer(ShardedTrainer, ReferenceTrainer, CheckpointTrainer):
+class DFTTrainer(ShardedTrainer, CheckpointTrainer, ReferenceTrainer):
     """Trainer whose loss weights each supervised token by alpha * p_correct + 1 - alpha, or by another objective.
 
     The loss of a step is sum(w * nll) / N with N counted over the whole global batch, so it doesn't
@@ -242,13 +242,12 @@ class DFTTrainer(ShardedTrainer, ReferenceTrainer, CheckpointTrainer):
         alpha = self.alpha_at(self.state.global_step) if is_training else self.token_weight.alpha
         return replace(self.token_weight, alpha=alpha, objective=objective)
 
-    def _save_checkpoint(self, model, trial) -> None:
-        """CheckpointTrainer's, with the temperature of talr."""
+    def save_more(self, checkpoint: Path) -> None:
+        """Writes the temperature of talr."""
         if self._temperature is not None:
             self._temperature.update(self.accelerator)
             if self.args.should_save:
-                self._temperature.save(self._checkpoint_directory(trial))
-        super()._save_checkpoint(model, trial)
+                self._temperature.save(checkpoint)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """sum(c * w * nll) of this micro-batch over the supervised tokens (or turns) of the global batch, a scalar.

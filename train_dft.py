@@ -37,7 +37,8 @@ def train(settings: Settings) -> None:
     # not at the top: torch and transformers take seconds to import, and --help and mistakes were answered before
     from dft.batching.attention import choose_attention
     from dft.batching.plan import plan_batches
-    from dft.checkpoints.facts import compare_facts, run_facts
+    from dft.checkpoints.compare import compare_facts
+    from dft.checkpoints.facts import run_facts
     from dft.checkpoints.resume import find_checkpoint
     from dft.distributed import once_per_node
     from dft.model.adapters import check_adapters

@@ -107,6 +107,19 @@ def gather_from_all(value: T) -> tuple[list[T], list[str]]:
         return _exchange(group, None, value)
 
 
+def gather_in_training(value: T) -> list[T]:
+    """Gathers a value from every rank in the training's own process group. All ranks must call this together.
+
+    None of them goes on before all have come. It may also be called once the training has begun, when a rank that
+    fails ends without telling the others, who notice it in this group.
+    """
+    values = [value]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        values = [value] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
 def stop_listening() -> None:
     """Says that the last gathering is over: a rank that fails from now on ends at once, and with it its connections.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from dft.errors import UserError
@@ -117,21 +117,29 @@ def _named_by(file: Path | io.BytesIO) -> set[str]:
     return set(get_unsafe_globals_in_checkpoint(file)) - OF_CHECKPOINTS
 
 
+class _Refused(pickle.UnpicklingError):
+    """A pickle names this class or function, which it must not."""
+
+
 class _MetadataReader(pickle.Unpickler):
-    """Loads metadata with nothing but the classes that it consists of.
-
-    Attributes:
-        refused: the name of the first other class or function, at which the loading ends.
-    """
-
-    refused = ""
+    """Loads metadata with nothing but the classes that it consists of."""
 
     def find_class(self, module: str, name: str) -> Any:
         full_name = f"{module}.{name}"
         if full_name not in OF_METADATA:
-            self.refused = full_name
-            raise pickle.UnpicklingError(full_name)
+            raise _Refused(full_name)
         return super().find_class(module, name)
+
+
+def read_metadata(path: Path) -> Metadata:
+    """Loads the metadata of torch.distributed.checkpoint.
+
+    Raises:
+        UnpicklingError: it names other classes or functions than those that it consists of; or, as others of
+            UNREADABLE, its bytes make no sense.
+    """
+    with open(path, "rb") as file:
+        return _MetadataReader(file).load()
 
 
 def _named_by_metadata(path: Path) -> set[str]:
@@ -139,14 +147,10 @@ def _named_by_metadata(path: Path) -> set[str]:
 
     Tensors are loaded with torch's own check.
     """
-    with open(path, "rb") as file:
-        reader = _MetadataReader(file)
-        try:
-            metadata = reader.load()
-        except pickle.UnpicklingError:
-            if not reader.refused:
-                raise
-            return {reader.refused}
+    try:
+        metadata = read_metadata(path)
+    except _Refused as error:
+        return {str(error)}
     named = set()
     for index, place in metadata.storage_data.items():
         if isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata):

@@ -145,9 +145,9 @@ def make_trainer(tokenizer, tmp_path):
         names |= {"processing_class", "train_dataset", "made_with"}
         own = {name: settings.pop(name) for name in names if name in settings}
         args = TrainingArguments(
-            output_dir=str(tmp_path),
             report_to="none",
             **{
+                "output_dir": str(tmp_path),
                 "use_cpu": True,
                 "disable_tqdm": True,
                 "per_device_eval_batch_size": 3,

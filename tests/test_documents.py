@@ -39,7 +39,7 @@ MADE_BY_A_RUN = {  # named in the documents, made when the program runs
     "data_report.json", "rejected.jsonl", "training_curves.png", "train_log.jsonl", "all_results.json",
     "trainer_state.json", "training_args.json", "train_distributed.log", "my_run.yaml", "more.json", "train.jsonl",
     "eval.jsonl", "chats.jsonl", "tracker_ids.json", "my_rows.jsonl",
-    "run.json", "test.jsonl", "made_with.json", "eval_results.json", "generation_config.json",
+    "run.json", "test.jsonl", "manifest.json", "manifest-8.json", "eval_results.json", "generation_config.json",
     "adapter_config.json", "adapter_model.safetensors",
 }  # fmt: skip
 FLAGS_OF_OTHERS = {

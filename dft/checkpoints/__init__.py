@@ -1,1 +1,1 @@
-"""Checkpoints: which one a run is resumed from."""
+"""Checkpoints: whole or absent, verified, resumed."""

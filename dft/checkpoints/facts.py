@@ -1,13 +1,7 @@
-"""What a run is made with, saved in its checkpoints and compared when it is resumed.
-
-A run that goes on with other rows, batches or another loss is another run, whose order of rows and position in the
-epoch mean nothing. Learning rate, length of the training, logging and saving may change.
-"""
+"""What a run is made with: what decides its steps, as the manifest of each of its checkpoints has it."""
 
 import json
-import logging
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -15,12 +9,9 @@ from transformers import PretrainedConfig, TrainingArguments
 
 from dft.batching.plan import BatchPlan
 from dft.config.loss import LossConfig
+from dft.config.training import DFTTrainingArguments
 from dft.digest import digest_of_rows
-from dft.errors import UserError
 
-logger = logging.getLogger(__name__)
-
-FACTS_FILE = "made_with.json"
 SHAPE = (
     *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads", "head_dim", "num_experts", "num_local_experts"),
@@ -35,7 +26,7 @@ def run_facts(
     rows: Dataset | None,
     plan: BatchPlan | None = None,
 ) -> dict[str, Any]:
-    """What decides which rows a step trains on, and with which objective, as JSON values by name.
+    """What decides which rows a step trains on, with which objective and how, as JSON values by name.
 
     Args:
         config: of the model.
@@ -43,7 +34,6 @@ def run_facts(
         plan: how the rows become batches; without one, by the arguments.
     """
     shape = config.get_text_config().to_dict()
-    plugin = args.deepspeed_plugin
     objective = {name: value for name, value in asdict(loss).items() if name not in WHERE_COMPUTED}
     objective["objective_args"] = loss.objective_arguments
     facts = {
@@ -53,9 +43,9 @@ def run_facts(
         "use_simple_dft": loss.alpha > 0,
         "dft_alpha": loss.alpha,
         **{name: shape[name] for name in SHAPE if shape.get(name) is not None},
-        "world_size": args.world_size,
-        "zero_stage": None if plugin is None else plugin.zero_stage,
-        "fsdp": args.fsdp_plugin_args["state_dict_type"] if args.fsdp_plugin_args else None,
+        **_optimizer_facts(args),
+        "seed": args.seed,
+        **engine_facts(args),
     }
     return json.loads(json.dumps(facts))
 
@@ -63,7 +53,8 @@ def run_facts(
 def _batch_facts(args: TrainingArguments, plan: BatchPlan | None) -> dict[str, Any]:
     """A step is the same whether its rows are divided over processes or over micro-batches."""
     if plan is None:
-        rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        at_once = args.num_batches_at_once if isinstance(args, DFTTrainingArguments) else args.world_size
+        rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * at_once
         seed = args.seed if args.data_seed is None else args.data_seed
         return {"rows_per_step": rows_per_step, "sampling_strategy": args.train_sampling_strategy, "data_seed": seed}
     return {
@@ -76,43 +67,19 @@ def _batch_facts(args: TrainingArguments, plan: BatchPlan | None) -> dict[str, A
     }
 
 
-def write_facts(facts: dict[str, Any], checkpoint: Path) -> None:
-    """Writes made_with.json to a checkpoint, which is made if it isn't there yet."""
-    checkpoint.mkdir(parents=True, exist_ok=True)
-    (checkpoint / FACTS_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+def _optimizer_facts(args: TrainingArguments) -> dict[str, Any]:
+    """The optimizer, its learning rate and what that follows."""
+    names = ("optim", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay")
+    names += ("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm")
+    values = vars(args)
+    length = {"max_steps": args.max_steps} if args.max_steps > 0 else {"num_train_epochs": args.num_train_epochs}
+    return {name: values[name] for name in names} | {"max_steps": None, "num_train_epochs": None} | length
 
 
-def compare_facts(checkpoint: str | Path, now: dict[str, Any], *, go_on: bool) -> None:
-    """Compares what a checkpoint was made with and what the run that goes on from it is made with.
-
-    Args:
-        now: see run_facts; only what both know of is compared.
-        go_on: differences are a warning.
-
-    Raises:
-        UserError: they differ; or, whatever `go_on` says, DeepSpeed couldn't load the checkpoint.
-    """
-    path = Path(checkpoint) / FACTS_FILE
-    try:
-        then = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        logger.info("%s doesn't say what it was made with, so the data and settings aren't compared", checkpoint)
-        return
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read ({error}); without that file, nothing is compared") from error
-    different = [name for name in now if name in then and then[name] != now[name]]
-    if not different:
-        return
-    listed = "".join(f"\n  {name}: checkpoint {then[name]}, now {now[name]}" for name in different)
-    what = f"{checkpoint} was made with other data or settings than this run:{listed}"
-    if "world_size" in different and any(Path(checkpoint).glob("global_step*")):
-        raise UserError(
-            f"--resume_from_checkpoint {what}\nDeepSpeed can only load it on {then['world_size']} processes: start as "
-            f"many, or begin a new run with --model_name_or_path {checkpoint}"
-        )
-    if not go_on:
-        raise UserError(
-            f"--resume_from_checkpoint {what}\nGive what the checkpoint was made with; or begin a new run with "
-            f"--model_name_or_path {checkpoint}; or go on all the same with --resume_anyway True"
-        )
-    logger.warning("%s\nIt goes on all the same, and is not the run that it would have been", what)
+def engine_facts(args: TrainingArguments) -> dict[str, Any]:
+    """What shards the training and writes its checkpoints, and on how many processes."""
+    plugin = args.deepspeed_plugin
+    fsdp = args.fsdp_plugin_args["state_dict_type"] if args.fsdp_plugin_args else None
+    engine = "deepspeed" if plugin is not None else "fsdp" if fsdp else "torch"
+    zero_stage = None if plugin is None else plugin.zero_stage
+    return {"world_size": args.world_size, "engine": engine, "zero_stage": zero_stage, "fsdp": fsdp}

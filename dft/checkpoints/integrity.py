@@ -1,17 +1,17 @@
-"""Whether the files of a checkpoint are whole, told without loading them."""
+"""Whether the files of a checkpoint are whole, told without loading them: by its manifest, else by their formats."""
 
 import io
 import json
-import pickle
 import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from torch.distributed.checkpoint import FileSystemReader
 
+from dft.checkpoints.manifest import find_damage, read_manifests
 from dft.errors import UserError
+from dft.pickles import UNREADABLE, read_metadata
 
 # torch.save stores a checksum with every record. Reading takes a second or two per GiB, so in larger files only the
 # records up to SMALL_RECORD bytes are read; that a file is cut is seen without reading it.
@@ -19,17 +19,29 @@ READ_WHOLE = 1 << 30
 SMALL_RECORD = 1 << 24
 # what zipfile raises where the bytes that it reads make no sense
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, NotImplementedError, ValueError)
-PICKLE_ERRORS = (pickle.UnpicklingError, *ZIP_ERRORS, LookupError, AttributeError, TypeError, ImportError)
 WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*", "adapter_model*.bin")
+REMEDY = "\nCopy it anew, or go on from the newest whole one with --resume_from_checkpoint last"
 SAVED_BY_TORCH = ("*.pt", "*.pth", "pytorch_model*.bin", "adapter_model*.bin", "optimizer.bin", "global_step*/*.pt")
 
 
 def check_whole(checkpoint: Path) -> None:
-    """Checks that the files of a checkpoint are neither cut nor damaged, as far as can be told without loading them.
+    """Checks that the files of a checkpoint are as they were written.
+
+    Without a manifest, this is told by the formats of the files, as far as that is possible without loading them.
 
     Raises:
-        UserError: it names all that are.
+        UserError: it names all that are not.
     """
+    try:
+        manifests = read_manifests(checkpoint)
+    except (OSError, ValueError) as error:
+        raise _not_whole(checkpoint, [str(error)]) from error
+    damaged = find_damage(checkpoint, manifests.values()) if manifests else _damage_by_formats(checkpoint)
+    if damaged:
+        raise _not_whole(checkpoint, damaged)
+
+
+def _damage_by_formats(checkpoint: Path) -> list[str]:
     checks: list[tuple[str, Callable[[Path], str | None]]] = [
         ("*.json", _damage_of_json),
         ("*.safetensors", _damage_of_safetensors),
@@ -38,9 +50,7 @@ def check_whole(checkpoint: Path) -> None:
     ]
     found = [(path, check(path)) for pattern, check in checks for path in sorted(checkpoint.glob(pattern))]
     damaged = [f"{path}: {damage}" for path, damage in found if damage is not None]
-    damaged += [f"{checkpoint / name}: missing" for name in _missing_shards(checkpoint)]
-    if damaged:
-        raise _not_whole(checkpoint, damaged)
+    return damaged + [f"{checkpoint / name}: missing" for name in _missing_shards(checkpoint)]
 
 
 def check_complete(checkpoint: Path) -> None:
@@ -74,9 +84,7 @@ def check_complete(checkpoint: Path) -> None:
 
 def _not_whole(checkpoint: Path, problems: list[str]) -> UserError:
     return UserError(
-        f"--resume_from_checkpoint {checkpoint}: not a whole checkpoint\n  "
-        + "\n  ".join(problems)
-        + "\nCopy it anew, or go on from an earlier checkpoint by its name"
+        f"--resume_from_checkpoint {checkpoint}: not a whole checkpoint\n  " + "\n  ".join(problems) + REMEDY
     )
 
 
@@ -120,8 +128,8 @@ def _damage_of_shards(metadata: Path) -> str | None:
     Each .distcp file is a row of files such as torch.save writes, whose places the metadata holds.
     """
     try:
-        pieces = FileSystemReader(metadata.parent).read_metadata().storage_data.values()
-    except PICKLE_ERRORS as error:
+        pieces = read_metadata(metadata).storage_data.values()
+    except UNREADABLE as error:
         return f"cut or damaged ({error})"
     for piece in pieces:
         path = metadata.parent / piece.relative_path

@@ -1,18 +1,27 @@
-"""A Trainer whose checkpoints can be relied on: the best and the newest stay, and resuming compares."""
+"""A Trainer whose checkpoints can be relied on: whole or absent, the best and the newest stay, resuming compares."""
 
 import copy
-import os
+import json
+import shutil
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import get_model_param_count
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from dft.checkpoints.best import restore_best, tell_what_is_compared
-from dft.checkpoints.facts import compare_facts, run_facts, write_facts
+from dft.checkpoints.compare import check_loadable, compare_facts, read_facts
+from dft.checkpoints.facts import run_facts
 from dft.checkpoints.integrity import check_whole
+from dft.checkpoints.manifest import replace_file
+from dft.checkpoints.resume import find_newest
+from dft.checkpoints.schedule import follow_flags
 from dft.checkpoints.serving import (
     add_end_of_turn,
     save_generation_config,
@@ -20,9 +29,11 @@ from dft.checkpoints.serving import (
     weights_put_back,
     with_cache,
 )
+from dft.checkpoints.staging import StagedSave, rotate
 from dft.config.loss import LossConfig
 from dft.config.training import DFTTrainingArguments
 from dft.distributed import once_per_node
+from dft.parallel.agreement import versions
 from dft.pickles import check_checkpoint
 from dft.reference.rows import ReferenceRows
 
@@ -32,8 +43,9 @@ EVALUATED_APART = (SaveStrategy.STEPS, SaveStrategy.EPOCH)  # saves that don't d
 class CheckpointTrainer(Trainer):
     """Trainer with the checkpoints of DFTTrainer.
 
-    The best and the newest checkpoint are kept whatever save_total_limit is. Only an evaluation of weights that are
-    saved can be the best: that of others could neither be kept nor loaded.
+    Trainer's, accelerate's and DeepSpeed's own writers write them, to a directory beside their place, which a
+    checkpoint gets when it is whole. The best and the newest checkpoint are kept whatever save_total_limit is. Only an
+    evaluation of weights that are saved can be the best: that of others could neither be kept nor loaded.
 
     Args:
         made_with: what checkpoints are said to be made with, see facts.run_facts. Whoever gives it has compared it
@@ -48,11 +60,15 @@ class CheckpointTrainer(Trainer):
         self._saved_step: int | None = None
         self._evaluated: tuple[int | None, dict[str, float]] = (None, {})  # the step, and its metrics
         self._has_end_token = False
+        self._save_in_progress: StagedSave | None = None
+        self._last_size: int | None = None  # bytes of the last checkpoint, see StagedSave.publish
 
     # ---- resuming -------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """Trainer's; a checkpoint's files are checked, and what it was made with is compared, before it is loaded.
+
+        True stands for the newest checkpoint that is whole.
 
         Differences are refused, unless resume_anyway is set; with plain TrainingArguments, which don't have it, they
         are a warning.
@@ -62,15 +78,19 @@ class CheckpointTrainer(Trainer):
         """
         checkpoint = resume_from_checkpoint or None
         if checkpoint is True:
-            checkpoint = get_last_checkpoint(self.args.output_dir)
+            checkpoint = str(once_per_node(partial(find_newest, Path(self.args.output_dir))))
         if self._given_facts is None and (checkpoint or self.args.save_strategy != SaveStrategy.NO):
             self._facts = once_per_node(self._find_facts)
             if checkpoint:
-                once_per_node(partial(check_whole, Path(checkpoint)))
-                once_per_node(partial(check_checkpoint, Path(checkpoint)))
+                once_per_node(partial(self._check_checkpoint, Path(checkpoint)))
                 goes_on = self.args.resume_anyway if isinstance(self.args, DFTTrainingArguments) else True
                 compare_facts(checkpoint, self._facts, go_on=goes_on)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        return super().train(checkpoint, *args, **kwargs)
+
+    def _check_checkpoint(self, checkpoint: Path) -> None:
+        check_whole(checkpoint)
+        check_checkpoint(checkpoint)
+        check_loadable(checkpoint, self.args)
 
     def _find_facts(self) -> dict[str, Any]:
         rows = self.train_dataset
@@ -95,6 +115,20 @@ class CheckpointTrainer(Trainer):
         tell_what_is_compared(self.args, self.state)
         return position
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Trainer's; the learning rate follows the arguments of this training."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            then, _ = read_facts(Path(checkpoint))
+            follow_flags(self.lr_scheduler, then.get("learning_rate"), self.args.learning_rate)
+
+    def _run_epoch(self, *args, **kwargs):
+        """Trainer's, which would train a step more where the checkpoint is at the end of the training."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     # ---- the best and the newest ----------------------------------------------------------------
 
     def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
@@ -109,22 +143,76 @@ class CheckpointTrainer(Trainer):
         return is_best
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Trainer's, with made_with.json, and with an evaluation of the same step that came before the save."""
+        """Trainer's, staged; with an evaluation of the same step that came before the save."""
         step, metrics = self._evaluated
         if step == self.state.global_step and self.args.save_strategy in EVALUATED_APART:
             super()._determine_best_metric(metrics, trial)
-        if self.args.should_save and self._facts is not None:
-            write_facts(self._facts, self._checkpoint_directory(trial))
-        super()._save_checkpoint(model, trial)
+        final = self._checkpoint_directory(trial)
+        save = StagedSave(final.parent, final.name)
+        save.begin(self._least_bytes())
+        self._save_in_progress = save
+        try:
+            self.save_more(save.staged)
+            super()._save_checkpoint(model, trial)
+            self._name_best(save)
+            self._last_size = save.publish(self._about_checkpoint())
+        except Exception as error:
+            save.give_up()
+            free = shutil.disk_usage(final.parent).free / 2**30
+            error.add_note(
+                f"{final} could not be saved; {free:.2f} GiB are free there. Earlier ones are as they were."
+            )
+            raise
+        finally:
+            self._save_in_progress = None
         self._saved_step = self.state.global_step
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            rotate(final.parent, self.args.save_total_limit, [final, *([] if best is None else [Path(best)])])
+
+    def save_more(self, checkpoint: Path) -> None:
+        """Writes what a subclass adds to a checkpoint, which is a directory. All ranks call it together."""
+
+    def _get_output_dir(self, trial) -> str:
+        """Trainer's; during a save, the directory that the checkpoint is written in."""
+        save = self._save_in_progress
+        return super()._get_output_dir(trial) if save is None else str(save.staged.parent)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Trainer's, when the checkpoint has its place."""
+        if self._save_in_progress is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _least_bytes(self) -> int:
+        """What this rank will write at least: what it did last time, or its weights and optimizer."""
+        if self._last_size is not None:
+            return self._last_size
+        size = 0
+        if self.args.should_save:
+            size = get_model_param_count(self.model, trainable_only=True) * self.model.dtype.itemsize
+        if not self.args.save_only_model and (self.args.should_save or self.is_deepspeed_enabled):
+            states = [value for state in self.optimizer.state.values() for value in state.values()]
+            size += sum(value.nbytes for value in states if isinstance(value, torch.Tensor))
+        return size
+
+    def _about_checkpoint(self) -> dict[str, Any]:
+        return {"step": self.state.global_step, "made_with": self._facts, "versions": versions()}
+
+    def _name_best(self, save: StagedSave) -> None:
+        """Gives the best checkpoint, if it is the one that is being saved, the name that it will have."""
+        if self.state.best_model_checkpoint == str(save.staged):
+            self.state.best_model_checkpoint = str(save.final)
+            if self.args.should_save:
+                self.state.save_to_json(str(save.staged / TRAINER_STATE_NAME))
 
     def _mark_saved_as_best(self, checkpoint: Path) -> None:
         """Notes that the newest checkpoint is the best, which was saved before it was evaluated."""
         self.state.best_model_checkpoint = str(checkpoint)
         if self.args.should_save:
-            unfinished = checkpoint / "trainer_state.unfinished"
-            self.state.save_to_json(str(unfinished))
-            os.replace(unfinished, checkpoint / "trainer_state.json")
+            text = json.dumps(asdict(self.state), indent=2, sort_keys=True) + "\n"  # as Trainer writes it
+            replace_file(checkpoint, TRAINER_STATE_NAME, text)
 
     def _checkpoint_directory(self, trial) -> Path:
         return Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

@@ -93,7 +93,7 @@ class DFTTrainingArguments(TrainingArguments):
         "Checkpoints hold the model alone: smaller, but training can't be resumed from them.", False
     )
     resume_from_checkpoint: str | None = option(
-        "Checkpoint directory to go on from; 'last' for that of --output_dir with the highest step."
+        "Checkpoint directory to go on from; 'last' for the newest of --output_dir that is whole."
     )
     ddp_timeout: int = option(
         "Seconds that a process waits in a collective before it takes the others for dead. Preparing data is not "
@@ -119,8 +119,8 @@ class DFTTrainingArguments(TrainingArguments):
         "JSON, or a file of it, with more settings of FSDP2, such as state_dict_type SHARDED_STATE_DICT."
     )
     resume_anyway: bool = option(
-        "Go on from a checkpoint that was made with other data, batches, objective, model or number of processes, "
-        "which is refused otherwise.",
+        "Go on from a checkpoint that was made with other data, batches, objective, model, learning rate or number of "
+        "processes, which is refused otherwise. The learning rate and its schedule then follow the flags.",
         False,
     )
     max_runtime_minutes: float | None = option(

@@ -9,6 +9,7 @@ import pytest
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from dft.checkpoints.integrity import check_whole
 from dft_trainer import DFTTrainer
 
 STEPS = {"eval_strategy": "steps", "save_strategy": "steps", "metric_for_best_model": "eval_acc"}
@@ -104,7 +105,8 @@ def test_a_step_may_be_saved_before_it_is_evaluated_or_after(make_trainer, tmp_p
     state = json.loads((tmp_path / "checkpoint-8" / "trainer_state.json").read_text())
     assert Path(state["best_model_checkpoint"]).name == "checkpoint-8"
     assert [record["step"] for record in state["log_history"] if "eval_acc" in record] == [4, 8]
-    assert not list(tmp_path.glob("*/*unfinished"))
+    assert not list(tmp_path.glob("**/*unfinished*"))
+    check_whole(tmp_path / "checkpoint-8")
 
 
 def test_a_model_that_is_loaded_at_the_end_is_that_of_the_best(make_trainer, tmp_path):
@@ -190,6 +192,7 @@ def test_a_best_that_is_gone_or_was_never_saved_is_forgotten(make_trainer, earli
     state |= {"best_metric": 0.95, "best_global_step": 1, "best_model_checkpoint": None}
     state["log_history"][0]["eval_acc"] = 0.95
     path.write_text(json.dumps(state))
+    (earlier / "checkpoint-3" / "manifest.json").unlink()
     shutil.rmtree(earlier / "checkpoint-2")
     trainer = resumed(make_trainer, earlier / "checkpoint-3", {"accuracy": {4: 0.5, 5: 0.3}})
     assert best_of(trainer) == (4, 0.5, "checkpoint-4")

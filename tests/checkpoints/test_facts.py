@@ -1,4 +1,4 @@
-"""What a checkpoint was made with, and what is said where the run that goes on from it is another."""
+"""What a checkpoint was made with, and how a Trainer of a notebook tells and compares it."""
 
 import json
 from dataclasses import replace
@@ -10,7 +10,7 @@ from torch.utils.data import Dataset as TorchDataset
 from transformers import DataCollatorForSeq2Seq
 
 from dft.batching.plan import BatchPlan
-from dft.checkpoints.facts import compare_facts, digest_of_rows, run_facts, write_facts
+from dft.checkpoints.facts import digest_of_rows, run_facts
 from dft.config.loss import LossConfig
 from dft.config.training import DFTTrainingArguments
 from dft.errors import UserError
@@ -26,8 +26,8 @@ def facts(tmp_path):
     """The facts of a run, called with what is other in it."""
     plan = BatchPlan("packed", max_length=64, max_tokens=None, rows_per_batch=2, batches_per_step=4, seed=1)
 
-    def make(loss=None, model=None, data=None, seeds=None, **changes) -> dict:
-        args = DFTTrainingArguments(output_dir=str(tmp_path), report_to=["none"], **(seeds or {}))
+    def make(loss=None, model=None, data=None, flags=None, **changes) -> dict:
+        args = DFTTrainingArguments(output_dir=str(tmp_path), report_to=["none"], **(flags or {}))
         config = (model or make_model(600, hidden_size=32, num_layers=2)).config
         return run_facts(args, loss or LossConfig(), config, data or rows(16), replace(plan, **changes))
 
@@ -64,6 +64,10 @@ def test_what_decides_the_steps_is_told_apart(facts):
         (facts(loss=LossConfig(dft_alpha=0.5)), {"dft_alpha"}),
         (facts(loss=LossConfig(use_simple_dft=False)), {"dft_alpha", "use_simple_dft"}),
         (facts(loss=LossConfig(dft_gamma=2.0, loss_normalization="turn")), {"dft_gamma", "loss_normalization"}),
+        (facts(flags={"learning_rate": 0.1, "warmup_steps": 2}), {"learning_rate", "warmup_steps"}),
+        (facts(flags={"lr_scheduler_type": "cosine", "weight_decay": 0.1}), {"lr_scheduler_type", "weight_decay"}),
+        (facts(flags={"max_steps": 7, "num_train_epochs": 9}), {"max_steps", "num_train_epochs"}),
+        (facts(flags={"seed": 5}), {"seed"}),
         (facts(model=make_model(600, hidden_size=64, num_layers=2)), {"hidden_size", "intermediate_size", "head_dim"}),
         (facts(model=make_model(600, hidden_size=32, num_layers=3)), {"num_hidden_layers"}),
         (facts(model=make_model(608, hidden_size=32, num_layers=2)), {"vocab_size"}),
@@ -77,7 +81,7 @@ def test_what_makes_the_same_steps_is_the_same(facts):
         facts(rows_per_batch=4, batches_per_step=2),
         facts(rows_per_batch=1, batches_per_step=8),
         facts(loss=LossConfig(fused_loss="off", loss_chunk_mb=1.0)),
-        facts(seeds={"learning_rate": 0.1, "max_steps": 7, "logging_steps": 3, "num_train_epochs": 9, "seed": 5}),
+        facts(flags={"logging_steps": 3, "save_steps": 7, "eval_steps": 5, "per_device_eval_batch_size": 2}),
     ]
     assert [differences(facts(), other) for other in same] == [set()] * 4
 
@@ -107,43 +111,11 @@ def test_the_digest_is_of_all_tokens_labels_and_weights_in_their_order():
     assert digest_of_rows(data.add_column("channel", [0] * 1500)) == digests[0]
 
 
-def test_every_difference_is_listed_with_the_remedy(tmp_path):
-    write_facts({"training_rows": 64, "dft_alpha": 1.0, "data_seed": 42, "gone": 1}, tmp_path / "checkpoint-3")
-    now = {"training_rows": 104, "dft_alpha": 0.5, "data_seed": 42, "new": 2}
-    with pytest.raises(UserError) as caught:
-        compare_facts(tmp_path / "checkpoint-3", now, go_on=False)
-    assert [line for line in str(caught.value).splitlines() if line.startswith("  ")] == [
-        "  training_rows: checkpoint 64, now 104",
-        "  dft_alpha: checkpoint 1.0, now 0.5",
-    ]
-    assert "--resume_anyway True" in str(caught.value)
-    assert f"--model_name_or_path {tmp_path}/checkpoint-3" in str(caught.value)
-
-
-def test_differences_may_be_accepted_but_for_what_deepspeed_cannot_load(tmp_path, caplog):
-    write_facts({"training_rows": 64, "world_size": 4}, tmp_path)
-    compare_facts(tmp_path, {"training_rows": 104, "world_size": 2}, go_on=True)
-    assert "training_rows: checkpoint 64, now 104" in caplog.text
-    (tmp_path / "global_step3").mkdir()
-    with pytest.raises(UserError, match="world_size: checkpoint 4, now 2\nDeepSpeed can only load it on 4 processes"):
-        compare_facts(tmp_path, {"training_rows": 104, "world_size": 2}, go_on=True)
-    compare_facts(tmp_path, {"training_rows": 104, "world_size": 4}, go_on=True)
-
-
-def test_an_older_checkpoint_is_resumed_and_a_broken_file_is_named(tmp_path, caplog):
-    caplog.set_level("INFO")
-    compare_facts(tmp_path, {"training_rows": 1}, go_on=False)
-    assert "doesn't say what it was made with" in caplog.text
-    (tmp_path / "made_with.json").write_text('{"training')
-    with pytest.raises(UserError, match="made_with.json can't be read"):
-        compare_facts(tmp_path, {"training_rows": 1}, go_on=False)
-
-
 # ---- from Python --------------------------------------------------------------------------------
 
 
 def made_with(checkpoint: Path) -> dict:
-    return json.loads((checkpoint / "made_with.json").read_text())
+    return json.loads((checkpoint / "manifest.json").read_text())["made_with"]
 
 
 def test_a_trainer_of_a_notebook_writes_and_compares_too(make_trainer, tmp_path, caplog):
@@ -152,7 +124,7 @@ def test_a_trainer_of_a_notebook_writes_and_compares_too(make_trainer, tmp_path,
         found = made_with(tmp_path / f"checkpoint-{step}")
         assert (found["training_rows"], found["rows_per_step"], found["dft_alpha"]) == (16, 8, 1.0)
     checkpoint = str(tmp_path / "checkpoint-2")
-    longer = make_trainer(**SAVES, max_steps=3, learning_rate=1e-3)
+    longer = make_trainer(**SAVES, max_steps=3)
     longer.train(resume_from_checkpoint=True)
     assert longer.state.global_step == 3
     assert "was made with other data" not in caplog.text

@@ -1,4 +1,4 @@
-"""A checkpoint whose files are cut or damaged is refused with their names."""
+"""A checkpoint without a manifest: files that are cut or damaged are named, as far as their formats tell."""
 
 import json
 import shutil
@@ -20,6 +20,7 @@ from dft.errors import UserError
 def checkpoint(make_trainer, tmp_path) -> Path:
     make_trainer(save_strategy="steps", save_steps=1, max_steps=1).train()
     torch.save({"scale": torch.ones(1)}, tmp_path / "checkpoint-1" / "scaler.pt")  # as with fp16
+    (tmp_path / "checkpoint-1" / "manifest.json").rename(tmp_path / "checkpoint-1" / "made_with.json")
     return tmp_path / "checkpoint-1"
 
 
@@ -166,9 +167,8 @@ def test_missing_parts_of_deepspeed_are_named(checkpoint):
     ],
 )
 def test_the_program_refuses_it_before_it_loads_anything(checkpoint, name, content, message):
-    args = SimpleNamespace(
-        resume_from_checkpoint=str(checkpoint), output_dir=str(checkpoint.parent), max_steps=5, num_train_epochs=3.0
-    )
+    settings = {"max_steps": 5, "num_train_epochs": 3.0, "deepspeed_plugin": None, "fsdp": None, "world_size": 1}
+    args = SimpleNamespace(resume_from_checkpoint=str(checkpoint), output_dir=str(checkpoint.parent), **settings)
     assert find_checkpoint(args) == (str(checkpoint), 1)
     (checkpoint / name).write_text(content)
     with pytest.raises(UserError, match=message):

@@ -19,7 +19,8 @@ BASE += ("--learning_rate", 1e-2)
 ON = ("--resume_from_checkpoint", "CHECKPOINT", "--max_steps", 5)
 # flags after those of the run that is resumed
 RESUMED = {
-    "longer, and faster": (*ON, "--learning_rate", 1e-3, "--logging_steps", 2, "--save_steps", 1),
+    "longer": (*ON, "--logging_steps", 2, "--save_steps", 1),
+    "at its end": ("--resume_from_checkpoint", "CHECKPOINT"),
     "the same steps in smaller batches": (
         *(*ON, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2),
     ),
@@ -29,12 +30,15 @@ RESUMED = {
 REFUSED = {  # what the message says
     "other data": ((*ON, "--data_files", "MORE"), ["training_rows: checkpoint 38, now 19", "content_of_rows"]),
     "other settings": (
-        (*ON, "--dft_alpha", 0.5, "--batching", "packed", "--max_length", 512, "--seed", 3),
-        ["dft_alpha: checkpoint 1.0, now 0.5", "now packed", "max_length: checkpoint 8192, now 512", "now 3"],
+        (*ON, "--dft_alpha", 0.5, "--batching", "packed", "--max_length", 512, "--seed", 3, "--learning_rate", 1e-3),
+        [
+            *("dft_alpha: checkpoint 1.0, now 0.5", "now packed", "max_length: checkpoint 8192, now 512", "now 3"),
+            "learning_rate: checkpoint 0.01, now 0.001",
+        ],
     ),
     "a damaged optimizer": (
         ("--resume_from_checkpoint", "DAMAGED", "--max_steps", 5),
-        ["DAMAGED/optimizer.pt: cut or damaged", "DAMAGED/rng_state.pth: cut or damaged"],
+        ["DAMAGED/optimizer.pt: ", "DAMAGED/rng_state.pth: ", "bytes, ", "were written"],
     ),
 }
 EVALUATIONS = {"evaluation": ("--do_train", "False", "--model_name_or_path", "BASE")}
@@ -50,7 +54,7 @@ def places(tiny_model, chat_file, tmp_path_factory) -> dict[str, Path]:
     checkpoint = directory / "base" / "checkpoint-4"
     for name in ("older", "damaged"):
         shutil.copytree(checkpoint, directory / name)
-    (directory / "older" / "made_with.json").unlink()
+    (directory / "older" / "manifest.json").unlink()
     for name in ("optimizer.pt", "rng_state.pth"):
         path = directory / "damaged" / name
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -78,7 +82,7 @@ def test_a_run_saves_what_it_has_trained_and_keeps_the_best_and_the_newest(place
     state = json.loads((places["BASE"] / "trainer_state.json").read_text())
     kept = {Path(path).name for path in places["BASE"].glob("checkpoint-*")}
     assert kept == {"checkpoint-4", Path(state["best_model_checkpoint"]).name}
-    assert not (places["BASE"] / "made_with.json").exists()
+    assert not (places["BASE"] / "manifest.json").exists()
     model = AutoModelForCausalLM.from_pretrained(places["BASE"])
     assert 2 in torch.as_tensor(model.generation_config.eos_token_id)  # <|im_end|>
     assert model.config.use_cache
@@ -89,7 +93,8 @@ def test_it_goes_on(outcomes, places, name):
     outcome = outcomes[name]
     assert outcome.status == 0, outcome.output
     steps = [record["step"] for record in read_log(places["OUT"] / name) if "train_runtime" in record]
-    assert steps == [5]
+    assert steps == [4 if name == "at its end" else 5]
+    assert (places["OUT"] / name / "model.safetensors").is_file()
     assert ("was made with other data or settings" in outcome.output) == (name == "other data all the same")
     assert ("doesn't say what it was made with" in outcome.output) == (name == "from an older version")
 

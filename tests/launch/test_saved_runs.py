@@ -1,6 +1,7 @@
 """What a run under ZeRO-3 leaves: a whole model, checkpoints to resume from, the best of them."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -147,13 +148,27 @@ def test_an_anchored_run_says_what_it_is_and_keeps_what_it_is_held_by(whole_and_
     assert all("ratio_clipped" in r for r in read_log(whole) if "ce_loss" in r)
 
 
-def test_last_is_the_newest_checkpoint_of_the_output_directory(whole_and_resumed):
-    """Here it is that of the last step, after which nothing is left to train."""
-    settings = {"resume_from_checkpoint": "last", "max_steps": 4, "num_train_epochs": 3.0}
-    with pytest.raises(UserError, match="checkpoint-4: nothing is left to train, it is at step 4"):
-        find_checkpoint(SimpleNamespace(output_dir=str(whole_and_resumed[1]), **settings))
-    more = SimpleNamespace(output_dir=str(whole_and_resumed[0]), **settings | {"max_steps": 5})
-    assert find_checkpoint(more) == (str(whole_and_resumed[0] / "checkpoint-4"), 4)
+def test_last_is_the_newest_whole_checkpoint_of_the_output_directory(whole_and_resumed, tmp_path):
+    """All parts of it are in its manifest; and only what has written them can load them."""
+    out = Path(shutil.copytree(whole_and_resumed[0], tmp_path / "out"))
+    files = json.loads((out / "checkpoint-4" / "manifest.json").read_text())["files"]
+    parts = [name for name in files if name.endswith("optim_states.pt")]
+    assert len(parts) == 2
+    assert {"model.safetensors", "latest", "rng_state_0.pth", "rng_state_1.pth", "trainer_state.json"} <= files.keys()
+    settings = {"resume_from_checkpoint": "last", "output_dir": str(out), "max_steps": 4, "num_train_epochs": 3.0}
+    settings |= {"deepspeed_plugin": SimpleNamespace(zero_stage=3), "fsdp": None, "world_size": 2}
+    assert find_checkpoint(SimpleNamespace(**settings)) == (str(out / "checkpoint-4"), 4)
+    for flags, line in (
+        ({"world_size": 1}, "world_size: checkpoint 2, now 1"),
+        ({"deepspeed_plugin": None}, "engine: checkpoint deepspeed, now torch"),
+    ):
+        with pytest.raises(UserError, match=line):
+            find_checkpoint(SimpleNamespace(**settings | flags))
+    part = out / "checkpoint-4" / parts[1]
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
+    assert find_checkpoint(SimpleNamespace(**settings)) == (str(out / "checkpoint-3"), 3)
 
 
 # ---- the best checkpoint ------------------------------------------------------------------------
