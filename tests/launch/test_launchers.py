@@ -136,18 +136,18 @@ def test_the_lock_of_a_killed_build_stops_no_run(train, tmp_path):
     assert "Done: 2 steps" in result.stdout
 
 
-def command_lines() -> list[str]:
-    """Those of all processes of this machine."""
-    lines = []
+def command_lines() -> dict[int, str]:
+    """Those of all processes of this machine, by their numbers."""
+    lines = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            lines.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+            lines[int(path.parent.name)] = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:  # it has ended
             continue
     return lines
 
 
-def test_ending_the_script_ends_every_rank(tiny_model, chat_file, tmp_path):
+def test_a_signal_to_one_rank_ends_all_of_them_with_a_checkpoint(tiny_model, chat_file, tmp_path):
     command = ["bash", "scripts/train.sh", *tiny_run(tiny_model, chat_file, tmp_path / "out"), "--max_steps", 100000]
     env = environment_of(LAUNCHER="deepspeed", NPROC=2, LOG_FILE=tmp_path / "log")
     words = [*map(str, command), "--save_strategy", "no"]
@@ -157,8 +157,11 @@ def test_ending_the_script_ends_every_rank(tiny_model, chat_file, tmp_path):
         lambda: log.exists() and log.read_text(),
         failed=lambda: script.poll() is not None and (tmp_path / "log").read_text()[-3000:],
     )
-    ranks = [line for line in command_lines() if "train_dft.py" in line and str(tmp_path) in line]
-    assert len(ranks) >= 2
-    os.kill(script.pid, signal.SIGTERM)
-    assert script.wait(timeout=TIMEOUT) != 0
-    assert not [line for line in command_lines() if "train_dft.py" in line and str(tmp_path) in line]
+    mine = {pid: line for pid, line in command_lines().items() if str(tmp_path) in line}
+    (second,) = [pid for pid, line in mine.items() if "train_dft.py --local_rank=1" in line]
+    os.kill(second, signal.SIGTERM)
+    assert script.wait(timeout=TIMEOUT) == 143
+    assert not [line for line in command_lines().values() if "train_dft.py" in line and str(tmp_path) in line]
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
+    assert f"The checkpoint is {checkpoint}; go on with" in (tmp_path / "log").read_text()
+    assert not (tmp_path / "out" / "model.safetensors").exists()

@@ -1,11 +1,13 @@
 """The command that scripts/train.sh builds, seen by stand-ins for the launchers."""
 
 import os
+import signal
 import socket
+import subprocess
 
 import pytest
 
-from tests.helpers import run
+from tests.helpers import ROOT, environment_of, run
 
 pytestmark = pytest.mark.launch
 
@@ -89,3 +91,28 @@ def test_variables_and_flags_reach_the_program(launched):
         "--dft_alpha 0.7"
     )
     assert "--deepspeed" not in launched(DS_CONFIG="", CUDA_VISIBLE_DEVICES="").split("train_dft.py")[1]
+
+
+RANK = """#!/bin/bash
+trap 'echo got USR1; echo 143 > "$DFT_RUN_DIR/status"; exit 1' USR1
+echo $$ > "$DFT_RUN_DIR/rank-0"
+echo ready
+while true; do sleep 0.1; done
+"""
+
+
+def test_a_signal_goes_to_the_ranks_and_their_status_comes_back(tmp_path):
+    """A launcher would kill them after 30 s, and end with another status."""
+    stub = tmp_path / "torchrun"
+    stub.write_text(RANK)
+    stub.chmod(0o755)
+    env = environment_of(LAUNCHER="torchrun", DS_CONFIG="", LOG_DIR=tmp_path, VIRTUAL_ENV="none")
+    env["PATH"] = f"{tmp_path}:{env['PATH']}"
+    with subprocess.Popen(
+        ["bash", "scripts/train.sh"], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True
+    ) as script:
+        lines = iter(script.stdout)
+        assert any(line == "ready\n" for line in lines)
+        script.send_signal(signal.SIGUSR1)
+        assert "got USR1\n" in list(lines)
+    assert script.returncode == 143
