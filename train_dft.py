@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dft.config.command_line import Settings, parse_args
-from dft.files import make_directory
+from dft.files import make_directory, take_directory
 from dft.program import program
 from dist_logger import get_logger, quiet_libraries, setup_logging
 
@@ -144,7 +144,9 @@ def start_logging(settings: Settings) -> None:
     """
     args = settings.training
     shared = settings.data.shared_files
-    make_directory(args.output_dir, "--output_dir", shared=shared)
+    output_dir = make_directory(args.output_dir, "--output_dir", shared=shared)
+    if args.process_index == 0 and not settings.data.dry_run:
+        take_directory(output_dir, "--output_dir")
     log_dir = make_directory(args.logging_dir or args.output_dir, "--logging_dir", shared=shared)
     log_file = log_dir / "train_distributed.log"
     setup_logging(log_file, settings.metrics.reduce_logging, debug=settings.data.debug_data_processing)

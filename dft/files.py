@@ -1,13 +1,17 @@
 """Paths in settings, and output directories, made before anything is computed that would be written there."""
 
 import argparse
+import atexit
 import os
 import re
 from pathlib import Path
 
+from filelock import SoftFileLock, Timeout
+
 from dft.errors import UserError
 
 PRIVATE = 0o700  # the mode of a directory that only this user can enter, whatever the modes inside are
+LOCK = "_lock"  # in an output directory while a run writes to it
 VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
 
 
@@ -31,6 +35,27 @@ def make_directory(path: str, flag: str, *, shared: bool = False) -> Path:
     if not os.access(path, os.W_OK):
         raise UserError(f"{flag} {path} can't be written to: choose another directory or change its permissions")
     return Path(path)
+
+
+def take_directory(path: Path, flag: str) -> None:
+    """Keeps other runs out of a directory until this process ends. The lock of a process that is gone is taken over.
+
+    Args:
+        flag: the setting that names the directory, for the error message.
+
+    Raises:
+        UserError: another run has taken it.
+    """
+    lock = SoftFileLock(path / LOCK, mode=0o600)
+    try:
+        lock.acquire(timeout=1.0)  # it takes a second try to take over a lock
+    except Timeout:
+        holder = " on ".join((path / LOCK).read_text(encoding="utf-8").split()[:2])
+        raise UserError(
+            f"{flag} {path} is in use by another run, process {holder}: give another directory, or end that run. If "
+            f"it was on a machine that is gone, delete {path / LOCK}"
+        ) from None
+    atexit.register(lock.release)
 
 
 def new_directory(path: str | Path, *, shared: bool = False) -> None:

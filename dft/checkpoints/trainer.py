@@ -18,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from dft.checkpoints.best import restore_best, tell_what_is_compared
 from dft.checkpoints.compare import check_loadable, compare_facts, read_facts
 from dft.checkpoints.facts import run_facts
+from dft.checkpoints.finite_weights import check_finite
 from dft.checkpoints.integrity import check_whole
 from dft.checkpoints.manifest import replace_file
 from dft.checkpoints.resume import find_newest
@@ -75,6 +76,7 @@ class CheckpointTrainer(Trainer):
 
         Raises:
             UserError: a file is cut or damaged, or the checkpoint was made with other data or settings.
+            FloatingPointError: weights are NaN or infinite, before a save or at the end.
         """
         checkpoint = resume_from_checkpoint or None
         if checkpoint is True:
@@ -85,7 +87,9 @@ class CheckpointTrainer(Trainer):
                 once_per_node(partial(self._check_checkpoint, Path(checkpoint)))
                 goes_on = self.args.resume_anyway if isinstance(self.args, DFTTrainingArguments) else True
                 compare_facts(checkpoint, self._facts, go_on=goes_on)
-        return super().train(checkpoint, *args, **kwargs)
+        result = super().train(checkpoint, *args, **kwargs)
+        check_finite(self.model, self.state.global_step)
+        return result
 
     def _check_checkpoint(self, checkpoint: Path) -> None:
         check_whole(checkpoint)
@@ -147,6 +151,7 @@ class CheckpointTrainer(Trainer):
         step, metrics = self._evaluated
         if step == self.state.global_step and self.args.save_strategy in EVALUATED_APART:
             super()._determine_best_metric(metrics, trial)
+        check_finite(self.model, self.state.global_step)
         final = self._checkpoint_directory(trial)
         save = StagedSave(final.parent, final.name)
         save.begin(self._least_bytes())

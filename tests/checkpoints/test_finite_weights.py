@@ -1,0 +1,58 @@
+"""Weights that are NaN or infinite are never saved, neither in a checkpoint nor at the end."""
+
+import pytest
+import torch
+from transformers import DataCollatorForSeq2Seq, TrainerCallback
+
+from dft.checkpoints.finite_weights import check_finite
+from dft.config.training import DFTTrainingArguments
+from dft_trainer import DFTTrainer
+from examples.make_tiny_model import make_model
+from tests.launch.worker_data import VOCAB_SIZE, small_tokenizer, uneven_rows
+
+
+class Spoil(TrainerCallback):
+    """Makes a weight NaN after the second step, as an update may."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 2:
+            with torch.no_grad():
+                model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+
+
+@pytest.mark.parametrize(("save_strategy", "saved"), [("steps", ["checkpoint-1"]), ("no", [])])
+def test_a_run_ends_with_what_it_saved_before(tmp_path, save_strategy, saved):
+    args = DFTTrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        save_strategy=save_strategy,
+        save_steps=1,
+        per_device_train_batch_size=2,
+        report_to=["none"],
+        disable_tqdm=True,
+    )
+    model = make_model(VOCAB_SIZE, hidden_size=16, num_layers=1)
+    rows, collator = uneven_rows(6).remove_columns("channel"), DataCollatorForSeq2Seq(small_tokenizer())
+    trainer = DFTTrainer(model, args, train_dataset=rows, data_collator=collator, callbacks=[Spoil()])
+    with pytest.raises(FloatingPointError, match=r"after step 2: .*up_proj\.weight\. They are not saved"):
+        trainer.train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == saved
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_number_among_many_is_found(value, dtype):
+    model = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(5))).to(dtype)
+    check_finite(model, 1)
+    with torch.no_grad():
+        for i, layer in enumerate(model):
+            layer.weight[3, i] = value
+    with pytest.raises(FloatingPointError, match=r"0\.weight, 1\.weight, 2\.weight and 2 more"):
+        check_finite(model, 1)
+
+
+def test_great_numbers_are_finite():
+    model = torch.nn.Linear(64, 64).to(torch.float16)
+    with torch.no_grad():
+        model.weight.fill_(torch.finfo(torch.float16).max)  # their sum isn't
+    check_finite(model, 1)
