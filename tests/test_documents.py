@@ -19,6 +19,7 @@ from tests.helpers import ROOT, read_log, run
 READMES = ["README.md", "README.zh.md"]
 OTHERS = [
     "CONTRIBUTING.md",
+    "SECURITY.md",
     "benchmarks/gpu/README.md",
     "docs/batches.md",
     "docs/checkpoints.md",
@@ -46,6 +47,7 @@ FLAGS_OF_OTHERS = {
     *("--help", "--size"),  # of all programs, of a benchmark
     *("--minutes", "--parts", "--tiny", "--limit"),  # of benchmarks/gpu
     *("--logdir", "--port"),  # of TensorBoard
+    *("--no-deps", "--disable-pip"),  # of pip-audit
     *("--nodes", "--gpus-per-node"),  # of SLURM
     *("--names", "--output"),  # of plot_runs.py and export.py, evaluate.py
     *("--model", "--model_args", "--tasks", "--include_path", "--apply_chat_template"),  # of lm-evaluation-harness

@@ -73,6 +73,7 @@ def test_a_resumed_run_refuses_code_before_it_is_loaded(make_trainer, tmp_path, 
     make_trainer(save_strategy="steps", save_steps=1, max_steps=1).train()
     checkpoint = tmp_path / "checkpoint-1"
     check_checkpoint(checkpoint)
+    (checkpoint / "manifest.json").unlink()  # which whoever hides code would write anew
     hide_code(checkpoint / "training_args.bin", mark)  # never loaded
     hide_code(checkpoint / "rng_state.pth", mark)
     trainer = make_trainer(max_steps=2, resume_from_checkpoint=str(checkpoint))

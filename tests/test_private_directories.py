@@ -53,7 +53,7 @@ def test_log_probabilities_are_private(tmp_path):
 def test_the_launch_scripts_directory_of_logs(flags, expected, tmp_path):
     stub = tmp_path / "bin" / "deepspeed"
     stub.parent.mkdir()
-    stub.write_text("#!/bin/sh\necho exits successfully\n")
+    stub.write_text('#!/bin/sh\necho 0 > "$DFT_RUN_DIR/status"\n')
     stub.chmod(0o755)
     settings = {"PATH": f"{stub.parent}:{os.environ['PATH']}", "LOG_DIR": tmp_path / "logs", "NPROC": 1}
     result = run(["bash", "scripts/train.sh", *flags], DS_CONFIG="", **settings)

@@ -58,7 +58,7 @@ def test_the_launch_script_passes_the_token_on_unseen(flags, tmp_path):
     """A stand-in for the launcher prints what it is called with, as DeepSpeed does."""
     stub = tmp_path / "bin" / "deepspeed"
     stub.parent.mkdir()
-    stub.write_text('#!/bin/sh\necho "CALL $@"\ntest "$HF_TOKEN" = ' + TOKEN + ' && echo "exits successfully"\n')
+    stub.write_text('#!/bin/sh\necho "CALL $@"\ntest "$HF_TOKEN" = ' + TOKEN + ' && echo 0 > "$DFT_RUN_DIR/status"\n')
     stub.chmod(0o755)
     settings = {"PATH": f"{stub.parent}:{os.environ['PATH']}", "LOG_FILE": tmp_path / "log", "NPROC": 1}
     result = run(["bash", "scripts/train.sh", *flags, "--seed", "1"], DS_CONFIG="", **settings)

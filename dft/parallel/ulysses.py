@@ -86,13 +86,15 @@ def check_attention(size: int, config: PretrainedConfig, attention: str) -> None
     Args:
         attention: the attention implementation.
     """
+    if size == 1:
+        return
     num_heads = config.get_text_config().num_attention_heads
     if num_heads % size:
         raise UserError(
             f"--sequence_parallel_size {size} doesn't divide the {num_heads} attention heads of the model, which are "
             "divided over the processes"
         )
-    if size > 1 and attention != VARLEN and "flash" not in attention:
+    if attention != VARLEN and "flash" not in attention:
         raise UserError(
             f"--sequence_parallel_size {size} needs an attention implementation that finds documents in a row, which "
             f"{attention} doesn't: varlen, or a FlashAttention"

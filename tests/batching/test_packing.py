@@ -211,7 +211,9 @@ def test_without_a_complete_batch_nothing_could_be_trained_on():
     for ranks, rows_per_batch in ((1, 7), (2, 3), (7, 1)):
         chosen = plan("padded", rows_per_batch=rows_per_batch, batches_at_once=ranks, drop_last=True)
         chosen.check_rows(lengths)
-        with pytest.raises(UserError, match=f"of {ranks} processes takes .* rows, and there are 2, .*drop the flag"):
+        with pytest.raises(
+            UserError, match=f"{ranks} micro-batches at once take .* rows, and there are 2, .*drop the flag"
+        ):
             chosen.check_rows(lengths[:2])
         plan("padded", rows_per_batch=rows_per_batch, batches_at_once=ranks).check_rows(lengths[:2])
     packed = plan("packed", rows_per_batch=4, drop_last=True)

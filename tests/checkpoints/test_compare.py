@@ -95,9 +95,8 @@ DDP = {"engine": "torch", "zero_stage": None, "world_size": 2}
 
 def run_of(engine: str, zero_stage: int | None, world_size: int) -> SimpleNamespace:
     plugin = SimpleNamespace(zero_stage=zero_stage) if engine == "deepspeed" else None
-    return SimpleNamespace(
-        deepspeed_plugin=plugin, fsdp="full_shard" if engine == "fsdp" else None, world_size=world_size
-    )
+    fsdp = {"state_dict_type": "FULL_STATE_DICT"} if engine == "fsdp" else None
+    return SimpleNamespace(deepspeed_plugin=plugin, fsdp_plugin_args=fsdp, world_size=world_size)
 
 
 @pytest.mark.parametrize(

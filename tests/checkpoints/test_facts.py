@@ -37,7 +37,7 @@ def facts(tmp_path):
 def test_checkpoints_of_fsdp_are_told_apart(monkeypatch, facts):
     monkeypatch.setattr("dft.config.training.rank_and_world_size", lambda: (0, 2))
     sharded = {"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}
-    assert [facts(seeds=args)["fsdp"] for args in ({}, {"fsdp": True}, sharded)] == [
+    assert [facts(flags=args)["fsdp"] for args in ({}, {"fsdp": True}, sharded)] == [
         *(None, "FULL_STATE_DICT"),
         "SHARDED_STATE_DICT",
     ]

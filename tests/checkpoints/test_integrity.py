@@ -167,7 +167,8 @@ def test_missing_parts_of_deepspeed_are_named(checkpoint):
     ],
 )
 def test_the_program_refuses_it_before_it_loads_anything(checkpoint, name, content, message):
-    settings = {"max_steps": 5, "num_train_epochs": 3.0, "deepspeed_plugin": None, "fsdp": None, "world_size": 1}
+    settings = {"max_steps": 5, "num_train_epochs": 3.0, "world_size": 1}
+    settings |= {"deepspeed_plugin": None, "fsdp_plugin_args": None}
     args = SimpleNamespace(resume_from_checkpoint=str(checkpoint), output_dir=str(checkpoint.parent), **settings)
     assert find_checkpoint(args) == (str(checkpoint), 1)
     (checkpoint / name).write_text(content)

@@ -21,7 +21,8 @@ SETTINGS = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "learning
 
 def found(output_dir: Path, wanted: str = "last", **flags) -> tuple[str, int]:
     """The name and step of the checkpoint that a run goes on from."""
-    run = {"max_steps": 9, "num_train_epochs": 3.0, "deepspeed_plugin": None, "fsdp": None, "world_size": 1} | flags
+    run = {"max_steps": 9, "num_train_epochs": 3.0, "world_size": 1} | flags
+    run |= {"deepspeed_plugin": None, "fsdp_plugin_args": None}
     path, step = find_checkpoint(SimpleNamespace(resume_from_checkpoint=wanted, output_dir=str(output_dir), **run))
     return Path(path).name, step
 

@@ -26,7 +26,8 @@ WRITING = ("open", "torch.save", "os.rename", "shutil.rmtree")  # audit events
 
 def last(output_dir: Path) -> str:
     """The name of the checkpoint that `last` finds."""
-    settings = {"max_steps": 9, "num_train_epochs": 3.0, "deepspeed_plugin": None, "fsdp": None, "world_size": 1}
+    settings = {"max_steps": 9, "num_train_epochs": 3.0, "world_size": 1}
+    settings |= {"deepspeed_plugin": None, "fsdp_plugin_args": None}
     found, _ = find_checkpoint(SimpleNamespace(resume_from_checkpoint="last", output_dir=str(output_dir), **settings))
     return Path(found).name
 

@@ -156,7 +156,7 @@ def test_last_is_the_newest_whole_checkpoint_of_the_output_directory(whole_and_r
     assert len(parts) == 2
     assert {"model.safetensors", "latest", "rng_state_0.pth", "rng_state_1.pth", "trainer_state.json"} <= files.keys()
     settings = {"resume_from_checkpoint": "last", "output_dir": str(out), "max_steps": 4, "num_train_epochs": 3.0}
-    settings |= {"deepspeed_plugin": SimpleNamespace(zero_stage=3), "fsdp": None, "world_size": 2}
+    settings |= {"deepspeed_plugin": SimpleNamespace(zero_stage=3), "fsdp_plugin_args": None, "world_size": 2}
     assert find_checkpoint(SimpleNamespace(**settings)) == (str(out / "checkpoint-4"), 4)
     for flags, line in (
         ({"world_size": 1}, "world_size: checkpoint 2, now 1"),
