@@ -217,7 +217,7 @@ def test_without_a_complete_batch_nothing_could_be_trained_on():
             chosen.check_rows(lengths[:2])
         plan("padded", rows_per_batch=rows_per_batch, batches_at_once=ranks).check_rows(lengths[:2])
     packed = plan("packed", rows_per_batch=4, drop_last=True)
-    with pytest.raises(UserError, match="takes 4 bins of rows, and there are 3"):
+    with pytest.raises(UserError, match="take 4 bins of rows, and there are 3"):
         packed.check_rows(np.full(6, CAPACITY // 2))
     packed.check_rows(np.full(7, CAPACITY // 2))
 

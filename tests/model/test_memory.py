@@ -340,7 +340,7 @@ def settings_of(**changes) -> SimpleNamespace:
         "device": torch.device("cpu"), "process_index": 0, "do_train": True, "gradient_checkpointing": False,
         "activation_checkpointing": False, "deepspeed_plugin": None, "bf16": True, "fp16": False, "batching": None,
         "per_device_train_batch_size": 2, "max_tokens_per_batch": None, "gradient_accumulation_steps": 1,
-        "world_size": 1, "sequence_parallel_size": 1,
+        "world_size": 1, "sequence_parallel_size": 1, "fsdp": None,
     }  # fmt: skip
     return SimpleNamespace(
         training=SimpleNamespace(**training | changes),
