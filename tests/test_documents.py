@@ -47,7 +47,7 @@ FLAGS_OF_OTHERS = {
     *("--help", "--size"),  # of all programs, of a benchmark
     *("--minutes", "--parts", "--tiny", "--limit"),  # of benchmarks/gpu
     *("--logdir", "--port"),  # of TensorBoard
-    *("--no-deps", "--disable-pip"),  # of pip-audit
+    *("--no-deps", "--disable-pip", "--target"),  # of pip-audit, of docker
     *("--nodes", "--gpus-per-node"),  # of SLURM
     *("--names", "--output"),  # of plot_runs.py and export.py, evaluate.py
     *("--model", "--model_args", "--tasks", "--include_path", "--apply_chat_template"),  # of lm-evaluation-harness
