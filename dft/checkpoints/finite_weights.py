@@ -12,14 +12,15 @@ MAX_NAMED = 3
 
 
 def check_finite(model: nn.Module, step: int) -> None:
-    """Looks at the weights, each rank at those that it holds: at all of them once, with one wait for the device.
+    """Looks at the trained weights, each rank at those that it holds: at all once, with one wait for the device.
 
-    All ranks must call it together.
+    Frozen ones don't change, and those in 4 bits may be stored in numbers whose bits mean something else. All ranks must
+    call it together.
 
     Raises:
         FloatingPointError: on all ranks, if some are NaN or infinite on any.
     """
-    shards = {name: shard_of(parameter) for name, parameter in model.named_parameters()}
+    shards = {name: shard_of(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
     shards = {name: x for name, x in shards.items() if x.is_floating_point() and x.numel()}
     largest = [torch.linalg.vector_norm(x, math.inf, dtype=torch.float32) for x in shards.values()]
     mine = [name for name, x in zip(shards, _to_host(largest), strict=True) if not math.isfinite(x)]

@@ -56,3 +56,12 @@ def test_great_numbers_are_finite():
     with torch.no_grad():
         model.weight.fill_(torch.finfo(torch.float16).max)  # their sum isn't
     check_finite(model, 1)
+
+
+def test_weights_that_are_not_trained_are_left_alone():
+    """In 4 bits they are stored as float32, whose bits mean something else."""
+    model = torch.nn.Linear(8, 8)
+    with torch.no_grad():
+        model.weight.fill_(float("nan"))
+    model.weight.requires_grad_(False)
+    check_finite(model, 1)
