@@ -14,8 +14,8 @@ MAX_NAMED = 3
 def check_finite(model: nn.Module, step: int) -> None:
     """Looks at the trained weights, each rank at those that it holds: at all once, with one wait for the device.
 
-    Frozen ones don't change, and those in 4 bits may be stored in numbers whose bits mean something else. All ranks must
-    call it together.
+    Frozen ones don't change, and those in 4 bits may be stored in numbers whose bits mean something else. All ranks
+    must call it together.
 
     Raises:
         FloatingPointError: on all ranks, if some are NaN or infinite on any.
