@@ -17,7 +17,7 @@ from dft.checkpoints.trainer import CheckpointTrainer
 from dft.config.loss import CHUNK_MB, LossConfig
 from dft.config.metrics import MetricsConfig
 from dft.config.options import override
-from dft.config.training import DFTTrainingArguments
+from dft.config.training import num_batches_at_once, sequence_parallel_size
 from dft.constants import REFERENCE_COLUMN
 from dft.loss.batch import Batch
 from dft.loss.finite_check import FiniteCheck
@@ -117,7 +117,7 @@ class DFTTrainer(ShardedTrainer, CheckpointTrainer, ReferenceTrainer):
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("DFTTrainer computes the loss itself: drop compute_loss_func")
         super().__init__(model, args, **kwargs)
-        size = self.args.sequence_parallel_size if isinstance(self.args, DFTTrainingArguments) else 1
+        size = sequence_parallel_size(self.args)
         self._sequence = SequenceGroup(size, self.model.config) if size > 1 else None
         self.loss_config, self.metrics_config = loss, metrics
         self._refuse_what_changes_the_loss()
@@ -227,7 +227,7 @@ class DFTTrainer(ShardedTrainer, CheckpointTrainer, ReferenceTrainer):
         self._num_batches = len(batches)
         self._finite_check.begin(len(batches))
         count = self.accelerator.reduce(count.to(device), reduction="sum")
-        return batches, count // (self._sequence.size if self._sequence else 1)  # each of which has the same batches
+        return batches, count // sequence_parallel_size(self.args)  # ranks of a group have the same batches
 
     def alpha_at(self, step: int) -> float:
         """The alpha of a step, counted from 0."""
@@ -327,19 +327,14 @@ class DFTTrainer(ShardedTrainer, CheckpointTrainer, ReferenceTrainer):
         drops_last = self.args.dataloader_drop_last
         fills = description == "Evaluation" or (description == "Training" and not drops_last)
         if fills and (self.args.world_size > 1 or drops_last) and FilledRows.can_fill(dataset):
-            dataset = FilledRows(dataset, batch_size * self._num_batches_at_once)
+            dataset = FilledRows(dataset, batch_size * num_batches_at_once(self.args))
         if self._sequence is not None:
             sampler_fn = partial(RepeatedBatches, sampler_fn, batch_size, self._sequence.size)
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn, *args, **kwargs)
 
-    @property
-    def _num_batches_at_once(self) -> int:
-        """Batches that differ, of all ranks."""
-        return self.args.world_size // (1 if self._sequence is None else self._sequence.size)
-
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         """Rows, or packed rows, of a step."""
-        return self._train_batch_size * args.gradient_accumulation_steps * self._num_batches_at_once
+        return self._train_batch_size * args.gradient_accumulation_steps * num_batches_at_once(args)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         """The order of the training rows, see EpochOrder."""

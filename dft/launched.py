@@ -15,6 +15,11 @@ def spans_nodes() -> bool:
     return on_this_node is not None and int(os.environ.get("WORLD_SIZE", 1)) > int(on_this_node)
 
 
+def accelerate_uses(engine: str) -> bool:
+    """Whether accelerate's launcher was told to use an engine, DEEPSPEED or FSDP."""
+    return os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true"
+
+
 def tell_script(name: str, number: int) -> None:
     """Writes a number into a file in the directory that scripts/train.sh looks into; without that script, nothing."""
     directory = os.environ.get("DFT_RUN_DIR")

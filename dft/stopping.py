@@ -61,6 +61,7 @@ class StopRequest(TrainerCallback):
             self._deadline = psutil.Process().create_time() + 60 * max_minutes
 
     def on_step_end(self, args, state, control, **kwargs):
+        """Has Trainer save and stop, if all ranks have agreed on it."""
         if self.agreed:
             control.should_training_stop = control.should_save = True
             control.should_evaluate = False

@@ -16,7 +16,7 @@ from dft.batching.attention import is_quadratic, why_documents_leak
 from dft.batching.collators import FlatteningCollator, PaddingCollator
 from dft.batching.packing import PackedRows, best_fit_decreasing, next_fit, next_fit_padded, padded_tokens
 from dft.batching.sampler import EpochOrder
-from dft.config.training import DFTTrainingArguments
+from dft.config.training import DFTTrainingArguments, num_batches_at_once
 from dft.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -208,9 +208,9 @@ def plan_batches(args: DFTTrainingArguments, max_length: int, config: Pretrained
         max_length=max_length,
         max_tokens=args.max_tokens_per_batch,
         rows_per_batch=args.per_device_train_batch_size,
-        batches_per_step=args.gradient_accumulation_steps * args.num_batches_at_once,
+        batches_per_step=args.gradient_accumulation_steps * num_batches_at_once(args),
         seed=args.seed if args.data_seed is None else args.data_seed,
         strategy=args.train_sampling_strategy,
-        batches_at_once=args.num_batches_at_once,
+        batches_at_once=num_batches_at_once(args),
         drop_last=args.dataloader_drop_last,
     )

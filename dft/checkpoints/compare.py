@@ -12,6 +12,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from dft.checkpoints.facts import engine_facts
+from dft.checkpoints.integrity import DEEPSPEED_PARTS
 from dft.checkpoints.manifest import read_manifests
 from dft.errors import UserError
 from dft.parallel.agreement import versions
@@ -19,7 +20,6 @@ from dft.parallel.agreement import versions
 logger = logging.getLogger(__name__)
 
 OLDER_FACTS_FILE = "made_with.json"  # in checkpoints without a manifest
-DEEPSPEED_PARTS = "global_step*"
 # What may differ: the random states are the checkpoint's, and how far to train is for the run that goes on to say.
 ACCEPTED = ("seed", "max_steps", "num_train_epochs")
 SCHEDULE = ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")

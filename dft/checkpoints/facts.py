@@ -9,7 +9,7 @@ from transformers import PretrainedConfig, TrainingArguments
 
 from dft.batching.plan import BatchPlan
 from dft.config.loss import LossConfig
-from dft.config.training import DFTTrainingArguments
+from dft.config.training import num_batches_at_once
 from dft.digest import digest_of_rows
 
 SHAPE = (
@@ -53,8 +53,7 @@ def run_facts(
 def _batch_facts(args: TrainingArguments, plan: BatchPlan | None) -> dict[str, Any]:
     """A step is the same whether its rows are divided over processes or over micro-batches."""
     if plan is None:
-        at_once = args.num_batches_at_once if isinstance(args, DFTTrainingArguments) else args.world_size
-        rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * at_once
+        rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * num_batches_at_once(args)
         seed = args.seed if args.data_seed is None else args.data_seed
         return {"rows_per_step": rows_per_step, "sampling_strategy": args.train_sampling_strategy, "data_seed": seed}
     return {

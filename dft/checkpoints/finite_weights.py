@@ -23,7 +23,8 @@ def check_finite(model: nn.Module, step: int) -> None:
     shards = {name: shard_of(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
     shards = {name: x for name, x in shards.items() if x.is_floating_point() and x.numel()}
     largest = [torch.linalg.vector_norm(x, math.inf, dtype=torch.float32) for x in shards.values()]
-    mine = [name for name, x in zip(shards, _to_host(largest), strict=True) if not math.isfinite(x)]
+    numbers = torch.stack([x.to(largest[0].device) for x in largest]).tolist() if largest else []
+    mine = [name for name, number in zip(shards, numbers, strict=True) if not math.isfinite(number)]
     names = list(dict.fromkeys(name for of_rank in gather_in_training(mine) for name in of_rank))
     if names:
         more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
@@ -39,15 +40,3 @@ def shard_of(parameter: nn.Parameter) -> Tensor:
         return parameter.ds_tensor.detach()
     parameter = parameter.detach()
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
-
-
-def _to_host(values: list[Tensor]) -> list[float]:
-    """Scalars of one device or of two, as numbers."""
-    by_device: dict[torch.device, list[int]] = {}
-    for i, value in enumerate(values):
-        by_device.setdefault(value.device, []).append(i)
-    numbers = [0.0] * len(values)
-    for places in by_device.values():
-        for i, number in zip(places, torch.stack([values[i] for i in places]).tolist(), strict=True):
-            numbers[i] = number
-    return numbers

@@ -21,7 +21,15 @@ SMALL_RECORD = 1 << 24
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, NotImplementedError, ValueError)
 WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*", "adapter_model*.bin")
 REMEDY = "\nCopy it anew, or go on from the newest whole one with --resume_from_checkpoint last"
-SAVED_BY_TORCH = ("*.pt", "*.pth", "pytorch_model*.bin", "adapter_model*.bin", "optimizer.bin", "global_step*/*.pt")
+DEEPSPEED_PARTS = "global_step*"  # the directory that DeepSpeed writes its parts to
+SAVED_BY_TORCH = (
+    "*.pt",
+    "*.pth",
+    "pytorch_model*.bin",
+    "adapter_model*.bin",
+    "optimizer.bin",
+    f"{DEEPSPEED_PARTS}/*.pt",
+)
 
 
 def check_whole(checkpoint: Path) -> None:
@@ -59,7 +67,7 @@ def check_complete(checkpoint: Path) -> None:
     Raises:
         UserError: it holds the model alone, or a part is missing.
     """
-    has_shards = any(checkpoint.glob("global_step*"))
+    has_shards = any(checkpoint.glob(DEEPSPEED_PARTS))
     if not has_shards and not any(checkpoint.glob("optimizer*")):
         raise UserError(
             f"--resume_from_checkpoint {checkpoint}: it holds the model alone (--save_only_model). Start a new run "

@@ -84,17 +84,14 @@ class CheckpointTrainer(Trainer):
         if self._given_facts is None and (checkpoint or self.args.save_strategy != SaveStrategy.NO):
             self._facts = once_per_node(self._find_facts)
             if checkpoint:
-                once_per_node(partial(self._check_checkpoint, Path(checkpoint)))
+                if resume_from_checkpoint is not True:  # find_newest has looked at it
+                    once_per_node(partial(_check_files, Path(checkpoint)))
+                once_per_node(partial(check_loadable, Path(checkpoint), self.args))
                 goes_on = self.args.resume_anyway if isinstance(self.args, DFTTrainingArguments) else True
                 compare_facts(checkpoint, self._facts, go_on=goes_on)
         result = super().train(checkpoint, *args, **kwargs)
         check_finite(self.model, self.state.global_step)
         return result
-
-    def _check_checkpoint(self, checkpoint: Path) -> None:
-        check_whole(checkpoint)
-        check_checkpoint(checkpoint)
-        check_loadable(checkpoint, self.args)
 
     def _find_facts(self) -> dict[str, Any]:
         rows = self.train_dataset
@@ -255,3 +252,9 @@ class CheckpointTrainer(Trainer):
             return super().evaluation_loop(*args, **kwargs)
         with weights_put_back(self.model):
             return super().evaluation_loop(*args, **kwargs)
+
+
+def _check_files(checkpoint: Path) -> None:
+    """Raises UserError where files aren't as they were written, or would run code."""
+    check_whole(checkpoint)
+    check_checkpoint(checkpoint)

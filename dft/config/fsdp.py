@@ -11,6 +11,7 @@ from typing import Any
 
 from dft.config.options import did_you_mean
 from dft.errors import UserError
+from dft.launched import accelerate_uses
 
 OPTIONS: dict[str, dict[str, bool]] = {  # the words of --fsdp, and what they set
     "full_shard": {"reshard_after_forward": True},
@@ -44,7 +45,7 @@ def fsdp_config(args: Any) -> dict[str, Any] | None:
         UserError: FSDP1, an unknown option, key or value, or flags that FSDP can't be combined with.
     """
     options = _options(args.fsdp)
-    is_launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    is_launched = accelerate_uses("FSDP")
     if options is None and not is_launched:
         if args.fsdp_config:
             raise UserError("--fsdp_config is given without --fsdp: add --fsdp full_shard, or drop it")
@@ -115,7 +116,7 @@ def _truth(key: str, value: Any) -> bool:
 
 
 def _check_combinations(args: Any, config: dict[str, Any]) -> None:
-    if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+    if args.deepspeed or accelerate_uses("DEEPSPEED"):
         raise UserError(
             "--fsdp and DeepSpeed both shard the model: give one. scripts/train.sh adds --deepspeed by itself: for "
             "FSDP, start it with LAUNCHER=torchrun DS_CONFIG= (empty)"

@@ -19,6 +19,7 @@ from dft.config.training_checks import check_sequence_parallel, check_training, 
 from dft.distributed import has_accelerator, join_for_deepspeed, join_on_cpu
 from dft.errors import UserError
 from dft.interface import set_gloo_interface
+from dft.launched import accelerate_uses
 from dft.program import rank_and_world_size
 
 logger = logging.getLogger(__name__)
@@ -144,7 +145,7 @@ class DFTTrainingArguments(TrainingArguments):
         self._set_up_fsdp()
         set_gloo_interface()
         timeout = timedelta(seconds=self.ddp_timeout)
-        if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        if self.deepspeed or accelerate_uses("DEEPSPEED"):
             configured = join_for_deepspeed(timeout)
             if configured and self.accelerator_config is not None:
                 raise UserError("--accelerator_config can't be combined with DeepSpeed on CPU: drop it")
@@ -168,11 +169,6 @@ class DFTTrainingArguments(TrainingArguments):
                 self.n_gpu,
             )
             self._n_gpu = 1
-
-    @property
-    def num_batches_at_once(self) -> int:
-        """Micro-batches that the processes compute at the same time."""
-        return self.world_size // self.sequence_parallel_size
 
     def _fill_in_defaults(self) -> None:
         """Gives transformers what the flags mean, in its own terms."""
@@ -231,6 +227,16 @@ class DFTTrainingArguments(TrainingArguments):
         if not has_accelerator() or not is_liger_kernel_available():
             raise UserError("--use_liger_kernel needs a GPU and the package liger-kernel: drop it, or install it")
         self.liger_kernel_config = config | dict.fromkeys(losses, False)
+
+
+def sequence_parallel_size(args: TrainingArguments) -> int:
+    """Processes that compute each micro-batch together; 1 for transformers' own arguments, which don't say."""
+    return args.sequence_parallel_size if isinstance(args, DFTTrainingArguments) else 1
+
+
+def num_batches_at_once(args: TrainingArguments) -> int:
+    """Micro-batches that the processes compute at the same time."""
+    return args.world_size // sequence_parallel_size(args)
 
 
 def with_values(args: DFTTrainingArguments, **values: Any) -> DFTTrainingArguments:

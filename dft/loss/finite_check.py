@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 
 from dft.batching.collators import document_lengths
 from dft.batching.packing import PackedRows
+from dft.distributed import gather_in_training
 from dft.stopping import StopRequest
 
 MAX_NAMED = 20  # rows in the error message
@@ -65,13 +66,14 @@ class FiniteCheck:
         is_bad = ~torch.isfinite(torch.stack([loss for loss, _ in self._noted]))
         any_bad = is_bad.any().int()
         worst = torch.stack([any_bad, torch.full_like(any_bad, self._stop.wanted)])
-        if _is_distributed():
+        if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         any_bad, self._stop.agreed = worst.tolist()
         if not any_bad:
             return
         sources = [self._sources(inputs) for bad, (_, inputs) in zip(is_bad, self._noted, strict=True) if bad]
-        names = list(dict.fromkeys(name for batch in _gathered(sources) for name in batch))
+        batches = [batch for of_rank in gather_in_training(sources) for batch in of_rank]
+        names = list(dict.fromkeys(name for batch in batches for name in batch))
         listed = ", ".join(names[:MAX_NAMED]) + (f" and {len(names) - MAX_NAMED} more" if names[MAX_NAMED:] else "")
         raise FloatingPointError(
             f"the loss is NaN or infinite in step {step}. The rows of its batch: {listed}. Look at them, lower "
@@ -98,16 +100,3 @@ def _rows(inputs: dict[str, Tensor]) -> list[list[int]]:
     if mask is not None:
         return [row[kept.bool()].tolist() for row, kept in zip(input_ids, mask, strict=True)]
     return [ids.tolist() for ids in input_ids.flatten().split(document_lengths(inputs).tolist())]
-
-
-def _is_distributed() -> bool:
-    return dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _gathered(batches: list[list[str]]) -> list[list[str]]:
-    """The lists of all ranks, one after the other."""
-    if not _is_distributed():
-        return batches
-    gathered: list[list[list[str]]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, batches)
-    return [batch for rank in gathered for batch in rank]

@@ -125,6 +125,7 @@ class Heartbeat(TrainerCallback):
         self._is_over = threading.Event()
 
     def on_train_begin(self, args, state, control, **kwargs):
+        """Starts the threads: one that beats and, on the first rank of a node, one that tells."""
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return
         self._place = float(state.global_step)
@@ -136,13 +137,16 @@ class Heartbeat(TrainerCallback):
             threading.Thread(target=_tell, args=(watch, self._is_over), daemon=True).start()
 
     def on_step_begin(self, args, state, control, **kwargs):
+        """Notes that this rank has its data, and is within a step."""
         self._place = state.global_step + 0.5
 
     def on_step_end(self, args, state, control, **kwargs):
+        """Notes that a step is over; what follows may differ between ranks."""
         differ = control.should_save or control.should_evaluate or control.should_training_stop
         self._place = None if differ else float(state.global_step)
 
     def on_train_end(self, args, state, control, **kwargs):
+        """Ends the threads."""
         self._is_over.set()
 
     def _beat(self, store: dist.Store, rank: int, watch: Watch | None, is_over: threading.Event) -> None:

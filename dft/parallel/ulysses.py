@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 from transformers import AttentionInterface, PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dft.batching.collators import boundary_arguments
+from dft.batching.collators import FlatteningCollator
 from dft.batching.varlen_attention import VARLEN
 from dft.config.loss import Normalization
 from dft.constants import IGNORE_INDEX
@@ -112,25 +112,16 @@ def without_padding(batch: Batch) -> Batch:
         raise ValueError(f"sequence parallelism doesn't know how to divide {', '.join(unknown)} of a batch")
     if "cu_seq_lens_q" in inputs:
         return batch
-    mask = inputs.get("attention_mask")
-    is_token = torch.ones_like(inputs["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
-
-    def in_one_row(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values[is_token][None]
-
+    mask, labels = inputs.get("attention_mask"), batch.labels
+    is_token = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.bool()
     lengths = batch.lengths.tolist()
-    boundaries = boundary_arguments(lengths)
-    device = batch.labels.device
-    labels = in_one_row(batch.labels)
-    labels[0, boundaries["cu_seq_lens_q"][:-1]] = IGNORE_INDEX  # nothing predicts the first token of a document
-    arguments = {
-        "input_ids": in_one_row(inputs["input_ids"]),
-        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
-        **boundaries,
-    }
-    on_device = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in arguments.items()}
-    loss_weights, reference_log_p = in_one_row(batch.loss_weights), in_one_row(batch.reference_log_p)
-    return Batch(on_device, labels, loss_weights, reference_log_p, batch.channel)
+    columns = {"input_ids": inputs["input_ids"], "labels": labels, "loss_weights": batch.loss_weights}
+    columns = {name: values[is_token].split(lengths) for name, values in columns.items() if values is not None}
+    rows = [dict(zip(columns, of_row, strict=True)) for of_row in zip(*columns.values(), strict=True)]
+    flat = FlatteningCollator()(rows)
+    flat = Batch.of({name: x.to(labels.device) if isinstance(x, Tensor) else x for name, x in flat.items()})
+    reference_log_p = None if batch.reference_log_p is None else batch.reference_log_p[is_token][None]
+    return replace(flat, reference_log_p=reference_log_p, channel=batch.channel)
 
 
 @dataclass(frozen=True)
@@ -157,8 +148,11 @@ class Part(Batch):
         return num_terms if self.start == 0 else torch.zeros_like(num_terms)
 
     def token_data(self, normalization: Normalization) -> TokenData:
-        first = int(count_terms(self.whole.labels[:, : self.start + 1]))
-        return self.whole.token_data(normalization)[first : first + int(count_terms(self.labels))]
+        data = self.whole.token_data(normalization)
+        if data.loss_weight is None and data.reference_log_p is None:
+            return data
+        first = int(count_terms(self.whole.labels[:, : self.start + 1]))  # waits for the device
+        return data[first : first + int(count_terms(self.labels))]
 
     def document_of(self, tokens: TokenStatistics) -> Tensor:
         return self.whole.document_of(self._in_whole(tokens))
@@ -226,7 +220,8 @@ class AttentionOverHeads:
         sequence_group.num_attended += 1
         size, group = sequence_group.size, sequence_group.group
         repeats = key_repeats(query.shape[1], key.shape[1], size)
-        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+        if repeats > 1:
+            key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
         query, key, value = (all_tokens(x, size, group) for x in (query, key, value))
         # a mask would be that of this rank's tokens; what it says is in cu_seq_lens, too
         out, _ = self.core(module, query, key, value, None, *args, **(kwargs | {"position_ids": None}))

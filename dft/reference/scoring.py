@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from dft.batching.sampler import token_lengths
 from dft.digest import ROWS_AT_ONCE
+from dft.distributed import gather_in_training
 from dft.reference.rows import is_supervised
 
 Batch = list[int]  # rows that are scored at once
@@ -64,11 +65,7 @@ def score_rows(rows: Dataset, batches: list[Batch], score: Score) -> tuple[np.nd
     for start in range(0, len(batches), world):
         batch = batches[min(start + rank, len(batches) - 1)]
         found.update(zip(batch, score_batch(rows, batch, score), strict=True))
-    parts = [found]
-    if world > 1:
-        parts = [{} for _ in range(world)]
-        dist.all_gather_object(parts, found)
-    of_row = {index: values for part in reversed(parts) for index, values in part.items()}
+    of_row = {index: values for part in reversed(gather_in_training(found)) for index, values in part.items()}
     ordered = [of_row[index] for index in range(len(rows))]
     counts = np.array([len(values) for values in ordered], dtype=np.int64)
     return np.concatenate(ordered) if ordered else np.zeros(0, np.float32), counts

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from dft.errors import UserError
 from dft.loss.scorer import Scorer
@@ -42,19 +41,19 @@ class ReferenceTrainer(Trainer):
         self._reference = ReferenceColumn(self.args.output_dir, cache_dir, is_16_bit)
         self.add_callback(_ScoreAtStart(self))
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | None = None, *args, **kwargs):
         """Trainer's; the column is found before a checkpoint takes the place of the starting weights.
+
+        CheckpointTrainer, which comes before this class, has found out which checkpoint it is.
 
         Raises:
             UserError: it is not there, and the starting weights neither.
         """
-        checkpoint = resume_from_checkpoint or None
-        if checkpoint is True:
-            checkpoint = get_last_checkpoint(self.args.output_dir)
-        if self._reference is not None and checkpoint:
-            self._reference.find(self._sets(), self.model, Path(checkpoint))
+        if self._reference is not None and resume_from_checkpoint:
+            checkpoint = Path(resume_from_checkpoint)
+            self._reference.find(self._sets(), self.model, checkpoint)
             if self._is_sharded():
-                self._reference.check_found(self._sets(), Path(checkpoint))
+                self._reference.check_found(self._sets(), checkpoint)
             else:
                 self._score(self.model.to(self.args.device), self._sets())
         return super().train(resume_from_checkpoint, *args, **kwargs)
