@@ -38,6 +38,14 @@ def wait_until_quiet(patience: float) -> None:
             return
 
 
+def output_of(command: list[str], env: dict[str, str] | None = None) -> str:
+    """What a command prints, run in the project's directory; one that fails ends this program with its errors."""
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
+    if done.returncode != 0:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    return done.stdout
+
+
 def run_measured(command: list[str], patience: float, tries: int) -> dict[str, Any]:
     """The JSON that a command prints last, and `others`: the share of the machine that went to other programs.
 
@@ -47,13 +55,11 @@ def run_measured(command: list[str], patience: float, tries: int) -> dict[str, A
     for _ in range(tries):
         wait_until_quiet(patience)
         before, start, own = busy_seconds(), time.monotonic(), sum(os.times()[2:4])
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-        if done.returncode != 0:
-            raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+        output = output_of(command)
         own = sum(os.times()[2:4]) - own
         seconds = time.monotonic() - start
         others = max(0.0, busy_seconds() - before - own) / seconds / (os.cpu_count() or 1)
-        result = json.loads(done.stdout.splitlines()[-1]) | {"others": others}
+        result = json.loads(output.splitlines()[-1]) | {"others": others}
         if not best or others < best["others"]:
             best = result
         if others < MAX_OTHERS:

@@ -11,7 +11,6 @@ The last line is JSON.
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from typing import Any
@@ -20,7 +19,7 @@ from unittest import mock
 import torch
 from transformers import Qwen3Config
 
-from benchmarks.measuring import ROOT, facts, keep, markdown_table, surroundings
+from benchmarks.measuring import facts, keep, markdown_table, output_of, surroundings
 from benchmarks.train_step_run import SIZES as STEP_SIZES
 from dft.config.loss import CHUNK_MB
 from dft.model import activations
@@ -132,10 +131,7 @@ def trainer(case: dict[str, Any]):
 def measure(number: int) -> dict[str, Any]:
     """A case with its estimate and its measured peak, in MiB."""
     command = [sys.executable, __file__, "--case", str(number)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    if done.returncode != 0:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-    peak = json.loads(done.stdout.splitlines()[-1])
+    peak = json.loads(output_of(command).splitlines()[-1])
     expected = estimated(CASES[number])
     return CASES[number] | {"estimate": expected / MIB, "measured": peak / MIB, "ratio": expected / peak}
 

@@ -15,7 +15,6 @@ import json
 import os
 import re
 import resource
-import subprocess
 import sys
 import tempfile
 from typing import Any
@@ -23,7 +22,7 @@ from typing import Any
 import psutil
 import torch
 
-from benchmarks.measuring import ROOT, facts, keep, markdown_table, surroundings
+from benchmarks.measuring import ROOT, facts, keep, markdown_table, output_of, surroundings
 from benchmarks.memory_estimate import MIB, config_of
 
 PACKAGES = ("torch", "transformers")
@@ -79,10 +78,7 @@ def measure(length: int) -> dict[str, Any]:
         worker = [__file__, "--length", str(length), "--size", str(size)]
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *worker]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-        if done.returncode != 0:
-            raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-        results = [json.loads(text) for text in re.findall(rf"{MARK}(\[.*?\])", done.stdout)]
+        results = [json.loads(text) for text in re.findall(rf"{MARK}(\[.*?\])", output_of(command, environment))]
         found[f"peak of {size}"] = max(peak for peak, _ in results) / MIB
         found[f"loss of {size}"] = results[0][1]
     return found

@@ -5,15 +5,12 @@ import time
 
 import pytest
 import torch
-from transformers import DataCollatorForSeq2Seq, TrainerCallback
+from transformers import TrainerCallback
 
-from dft.config.training import DFTTrainingArguments
 from dft.errors import StoppedEarly
 from dft.loss.finite_check import FiniteCheck
 from dft.stopping import StopRequest, is_launcher
 from dft_trainer import DFTTrainer
-from examples.make_tiny_model import make_model
-from tests.launch.worker_data import VOCAB_SIZE, small_tokenizer, uneven_rows
 
 
 @pytest.fixture
@@ -33,31 +30,26 @@ class CallAtStep(TrainerCallback):
             self.call()
 
 
-def trained(tmp_path, call_at_step_2, max_steps=5) -> DFTTrainer:
-    """A training, with a call within its third step."""
-    args = DFTTrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=max_steps,
-        per_device_train_batch_size=2,
-        save_strategy="no",
-        report_to=["none"],
-        disable_tqdm=True,
-    )
-    model = make_model(VOCAB_SIZE, hidden_size=16, num_layers=1)
-    collator = DataCollatorForSeq2Seq(small_tokenizer())
-    trainer = DFTTrainer(model, args, train_dataset=uneven_rows(12).remove_columns("channel"), data_collator=collator)
-    trainer.add_callback(CallAtStep(2, lambda: call_at_step_2(trainer)))
-    trainer.train()
-    return trainer
+@pytest.fixture
+def trained(make_trainer):
+    """Trains, with a call within the third step, and returns the trainer."""
+
+    def train(call_at_step_2, max_steps=5) -> DFTTrainer:
+        trainer = make_trainer(max_steps=max_steps, per_device_train_batch_size=2)
+        trainer.add_callback(CallAtStep(2, lambda: call_at_step_2(trainer)))
+        trainer.train()
+        return trainer
+
+    return train
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_training_with_a_checkpoint(tmp_path, handlers, number, status):
+def test_a_signal_ends_the_training_with_a_checkpoint(trained, tmp_path, handlers, number, status):
     def send(trainer):
         trainer.stop.listen()
         handlers[number](number, None)
 
-    trainer = trained(tmp_path, send)
+    trainer = trained(send)
     assert trainer.state.global_step == 3
     assert (tmp_path / "checkpoint-3" / "optimizer.pt").exists()
     said = r"after step 3 of 5\. The checkpoint is .*checkpoint-3; go on with"
@@ -66,24 +58,24 @@ def test_a_signal_ends_the_training_with_a_checkpoint(tmp_path, handlers, number
     assert stopped.value.status == status
 
 
-def test_a_training_that_was_at_its_end_has_not_stopped_early(tmp_path, handlers):
+def test_a_training_that_was_at_its_end_has_not_stopped_early(trained, tmp_path, handlers):
     def send(trainer):
         trainer.stop.listen()
         handlers[signal.SIGTERM](signal.SIGTERM, None)
 
-    trainer = trained(tmp_path, send, max_steps=3)
+    trainer = trained(send, max_steps=3)
     trainer.stop.raise_if_stopped(trainer.state, str(tmp_path))
 
 
-def test_without_a_request_nothing_ends(tmp_path, handlers):
-    trainer = trained(tmp_path, lambda trainer: trainer.stop.listen(max_minutes=1000))
+def test_without_a_request_nothing_ends(trained, tmp_path, handlers):
+    trainer = trained(lambda trainer: trainer.stop.listen(max_minutes=1000))
     assert trainer.state.global_step == 5
     assert not list(tmp_path.glob("checkpoint-*"))
     trainer.stop.raise_if_stopped(trainer.state, str(tmp_path))
 
 
-def test_a_time_limit_is_a_request(tmp_path, handlers):
-    trainer = trained(tmp_path, lambda trainer: trainer.stop.listen(max_minutes=1e-6))
+def test_a_time_limit_is_a_request(trained, tmp_path, handlers):
+    trainer = trained(lambda trainer: trainer.stop.listen(max_minutes=1e-6))
     assert trainer.state.global_step == 3
     with pytest.raises(StoppedEarly):
         trainer.stop.raise_if_stopped(trainer.state, str(tmp_path))

@@ -2,13 +2,9 @@
 
 import pytest
 import torch
-from transformers import DataCollatorForSeq2Seq, TrainerCallback
+from transformers import TrainerCallback
 
 from dft.checkpoints.finite_weights import check_finite
-from dft.config.training import DFTTrainingArguments
-from dft_trainer import DFTTrainer
-from examples.make_tiny_model import make_model
-from tests.launch.worker_data import VOCAB_SIZE, small_tokenizer, uneven_rows
 
 
 class Spoil(TrainerCallback):
@@ -21,19 +17,9 @@ class Spoil(TrainerCallback):
 
 
 @pytest.mark.parametrize(("save_strategy", "saved"), [("steps", ["checkpoint-1"]), ("no", [])])
-def test_a_run_ends_with_what_it_saved_before(tmp_path, save_strategy, saved):
-    args = DFTTrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=2,
-        save_strategy=save_strategy,
-        save_steps=1,
-        per_device_train_batch_size=2,
-        report_to=["none"],
-        disable_tqdm=True,
-    )
-    model = make_model(VOCAB_SIZE, hidden_size=16, num_layers=1)
-    rows, collator = uneven_rows(6).remove_columns("channel"), DataCollatorForSeq2Seq(small_tokenizer())
-    trainer = DFTTrainer(model, args, train_dataset=rows, data_collator=collator, callbacks=[Spoil()])
+def test_a_run_ends_with_what_it_saved_before(make_trainer, tmp_path, save_strategy, saved):
+    trainer = make_trainer(save_strategy=save_strategy, save_steps=1)
+    trainer.add_callback(Spoil())
     with pytest.raises(FloatingPointError, match=r"after step 2: .*up_proj\.weight\. They are not saved"):
         trainer.train()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == saved

@@ -16,13 +16,8 @@ from dft.config.options import override
 from dft.config.parser import build_parser, known_options
 from dft.config.training import with_values
 from dft.errors import UserError
+from tests.config.parsing import NEEDED, assert_refused, parse
 from tests.helpers import run
-
-NEEDED = ["--model_name_or_path", "m", "--data_files", "d.jsonl", "--output_dir", "out"]
-
-
-def parse(*flags):
-    return parse_args([*NEEDED, *map(str, flags)])
 
 
 def test_defaults_of_the_original():
@@ -215,10 +210,7 @@ NEEDS_TORCH = ("fp16 on cpu", "split batches", "liger on cpu", "liger's loss")
 
 @pytest.mark.parametrize("name", WRONG)
 def test_mistakes(name):
-    flags, message = WRONG[name]
-    with pytest.raises(UserError) as caught:
-        parse(*flags)
-    assert message in str(caught.value)
+    assert_refused(*WRONG[name])
 
 
 def test_mistakes_and_help_are_found_before_torch_is_imported():

@@ -7,16 +7,11 @@ from typing import Any
 
 import pytest
 
-from dft.config.command_line import parse_args
 from dft.config.fsdp import fsdp_config
 from dft.errors import UserError
+from tests.config.parsing import assert_refused, parse
 
-NEEDED = ["--model_name_or_path", "m", "--data_files", "d.jsonl", "--output_dir", "out"]
 FULL = {"state_dict_type": "FULL_STATE_DICT"}
-
-
-def parse(*flags):
-    return parse_args([*NEEDED, *map(str, flags)])[-1]
 
 
 def config_of(fsdp: Any, config: Any = None) -> dict[str, Any] | None:
@@ -93,10 +88,7 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_mistakes(name):
-    flags, message = WRONG[name]
-    with pytest.raises(UserError) as caught:
-        parse(*flags)
-    assert message in str(caught.value)
+    assert_refused(*WRONG[name])
 
 
 def test_accelerates_deepspeed_is_deepspeed(monkeypatch):
@@ -108,7 +100,7 @@ def test_accelerates_deepspeed_is_deepspeed(monkeypatch):
 def test_one_process_has_nothing_to_shard(monkeypatch, caplog):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # which accelerate would obey
     with caplog.at_level(logging.WARNING):
-        args = parse("--fsdp", "full_shard")
+        args = parse("--fsdp", "full_shard").training
     assert "--fsdp: there is one process, and nothing to shard" in caplog.text
     assert (args.fsdp, args.fsdp_config, args.fsdp_plugin_args) == (None, None, None)
     assert args.activation_checkpointing is True
@@ -120,7 +112,7 @@ def test_the_models_own_checkpointing_recomputes(monkeypatch):
     monkeypatch.setattr("transformers.training_args.logger.warning", advice.append)
     monkeypatch.setattr("dft.config.training.rank_and_world_size", lambda: (0, 2))
     for config, recomputes in (("{}", True), ('{"activation_checkpointing": false}', False)):
-        args = parse("--fsdp", "full_shard", "--fsdp_config", config)
+        args = parse("--fsdp", "full_shard", "--fsdp_config", config).training
         assert args.activation_checkpointing is recomputes
         assert args.fsdp_plugin_args["fsdp_version"] == 2
         assert args.fsdp_plugin_args["activation_checkpointing"] is False

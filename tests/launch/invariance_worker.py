@@ -39,8 +39,11 @@ LEARNING_RATE = 64.0  # so that the weights change by much more than they are ro
 GLOBAL_BATCH = 8
 PACKED_TOKENS = 96  # the 8 rows are 3 packed ones, so that the second process gets a filler
 CHUNK_MB = 20 * 4 * VOCAB_SIZE / 1e6  # 20 rows of logits
-DS_CONFIGS = {"zero2": "ds_config/zero2.json", "zero3": "ds_config/zero3.json"}
-DS_CONFIGS["zero3 on four"] = DS_CONFIGS["zero3"]
+DS_CONFIGS = {
+    "zero2": "ds_config/zero2.json",
+    "zero3": "ds_config/zero3.json",
+    "zero3 on four": "ds_config/zero3.json",
+}
 
 
 class MicroBatchMean(DFTTrainer):
@@ -65,10 +68,15 @@ def model_with(head: Head) -> PreTrainedModel:
         model.lm_head.requires_grad_(False)
     if head == "lora":
         model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:  # zero at first
-                torch.nn.init.normal_(parameter, std=0.2)
+        fill_adapters(model)
     return model
+
+
+def fill_adapters(model: PeftModel) -> None:
+    """Gives adapters an effect: their second factor is zero at first."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
 
 
 def model_in_4_bits(args: DFTTrainingArguments) -> PeftModel:
@@ -80,9 +88,7 @@ def model_in_4_bits(args: DFTTrainingArguments) -> PeftModel:
     base = AutoModelForCausalLM.from_pretrained(directory, **quantization(settings, args, torch.float32))
     model = with_adapters(base, settings, seed=0)
     torch.manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:  # zero at first
-            torch.nn.init.normal_(parameter, std=0.2)
+    fill_adapters(model)
     return model
 
 
