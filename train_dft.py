@@ -46,6 +46,7 @@ def train(settings: Settings) -> None:
     from dft.model.loading import computes_in_16_bits, load_config, load_model, load_model_tokenizer
     from dft.model.memory import warn_if_too_large
     from dft.parallel.agreement import agree_on_data, agree_on_settings
+    from dft.parallel.heartbeat import Heartbeat
     from dft.parallel.ulysses import check_attention
     from dft.stopping import end_with_launcher
     from dft.tracking.results import present_run, save_evaluation, save_run
@@ -83,8 +84,11 @@ def train(settings: Settings) -> None:
     if not args.do_train:
         save_evaluation(trainer)
         return
+    heartbeat = Heartbeat()
+    trainer.add_callback(heartbeat)
     trainer.stop.listen(args.max_runtime_minutes)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    with heartbeat.naming_lost_ranks():
+        result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.stop.raise_if_stopped(trainer.state, args.output_dir)
     save_run(trainer, result.metrics)
     if args.process_index == 0:
@@ -108,7 +112,6 @@ def make_trainer(
         made_with: see dft.checkpoints.facts.run_facts.
     """
     from dft.config.training import with_values
-    from dft.parallel.heartbeat import Heartbeat
     from dft.tracking.console import print_lines
     from dft.tracking.curves import Curves
     from dft.tracking.tracker_guard import guard_trackers
@@ -128,7 +131,7 @@ def make_trainer(
         train_dataset=plan.training_rows(data.train, data.lengths),
         eval_dataset=data.evaluation,
         processing_class=tokenizer,
-        callbacks=[TrainLog(args.output_dir), Curves(args.output_dir), Heartbeat()] if args.do_train else [],
+        callbacks=[TrainLog(args.output_dir), Curves(args.output_dir)] if args.do_train else [],
         made_with=made_with,
     )
     guard_trackers(trainer)

@@ -19,3 +19,7 @@ class StoppedEarly(Exception):
     def __init__(self, message: str, status: int):
         super().__init__(message)
         self.status = status
+
+
+class RankLost(Exception):
+    """A training that can't go on because another process has gone; its message is for the user."""

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import NoReturn
 
-from dft.errors import SharedUserError, StoppedEarly, UserError
+from dft.errors import RankLost, SharedUserError, StoppedEarly, UserError
 from dft.launched import local_rank, spans_nodes, tell_script
 from dft.printable import printable
 
@@ -44,7 +44,7 @@ def program() -> Iterator[None]:
     the message themselves only if nothing has killed them by then. The ranks of other nodes are told, so that they
     don't wait for this one. Other exceptions pass through; before the training, other nodes are told of them too.
     Nothing that follows in the file is run. A StoppedEarly is printed by the first rank of each node, and ends the
-    program with its status.
+    program with its status. A RankLost is printed like it, and ends the program with status 1.
     """
     status = 0
     try:
@@ -52,6 +52,9 @@ def program() -> Iterator[None]:
     except UserError as error:
         _print_error(error)
         status = USER_ERROR_STATUS
+    except RankLost as lost:
+        print(printable(f"error: {lost}", lines=True), file=sys.stderr, flush=True)
+        end_process(1)  # in the process group, because leaving it would wait for the rank that is lost
     except StoppedEarly as stopped:
         if local_rank() == 0:
             print(printable(str(stopped), lines=True), file=sys.stderr, flush=True)

@@ -3,7 +3,8 @@
 A collective says nothing while it waits, and fails only after --ddp_timeout. So a thread of each rank writes, every
 few seconds, into the store in which the ranks met: a count, and how far its training has come. The first rank of each
 node reads those of all ranks, and logs an error that names the ones which the others wait for. It ends nothing: that
-is left to the collectives.
+is left to the collectives. One that fails because a peer has gone says only that a connection was closed; the beats
+tell which rank it was.
 """
 
 import logging
@@ -11,19 +12,22 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 from transformers import TrainerCallback
 
+from dft.errors import RankLost
 from dft.launched import local_rank
 
 logger = logging.getLogger(__name__)
 
 INTERVAL_SECONDS = 5.0
 SILENT_SECONDS = 45.0  # without a beat, or all ranks without progress
+OTHERS_WAIT_SECONDS = 30.0  # ranks of a node for their first one, which ends the run with a message
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,12 @@ class Watch:
         self._said = set(found)
         return new
 
+    def gone_since(self, then: float) -> list[str]:
+        """Names of the ranks without a beat after a time; only rank 0, where the store was, if nothing can be read."""
+        if self._answered < then:
+            return [self._name(0)]
+        return [self._name(rank) for rank, heard in self._heard.items() if heard < then]
+
     def _find(self, now: float) -> dict[str, str]:
         """What is wrong now: {what, without a number that changes: the sentence}."""
         if now - self._answered > SILENT_SECONDS:
@@ -123,6 +133,7 @@ class Heartbeat(TrainerCallback):
     def __init__(self):
         self._place: float | None = None
         self._is_over = threading.Event()
+        self._watch: Watch | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Starts the threads: one that beats and, on the first rank of a node, one that tells."""
@@ -131,6 +142,7 @@ class Heartbeat(TrainerCallback):
         self._place = float(state.global_step)
         self._is_over = threading.Event()
         watch = Watch(dist.get_world_size(), time.monotonic()) if local_rank() == 0 else None
+        self._watch = watch
         store = dist.PrefixStore("heartbeat", _get_default_store().clone())  # a connection of its own
         threading.Thread(target=self._beat, args=(store, dist.get_rank(), watch, self._is_over), daemon=True).start()
         if watch is not None:  # in another thread, because the store may never answer
@@ -149,6 +161,33 @@ class Heartbeat(TrainerCallback):
         """Ends the threads."""
         self._is_over.set()
 
+    @contextmanager
+    def naming_lost_ranks(self) -> Iterator[None]:
+        """Around a training: a collective that fails because a rank has gone raises the name of that rank.
+
+        Raises:
+            RankLost: in place of such an error, on the first rank of each node; the others wait for the launcher to
+                end them with it.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_of_connection(error):
+                raise
+            if self._watch is None:
+                time.sleep(4 * INTERVAL_SECONDS + OTHERS_WAIT_SECONDS)
+                raise
+            failed = time.monotonic()
+            time.sleep(4 * INTERVAL_SECONDS)  # all that live beat in it, and are read
+            lost = self._watch.gone_since(failed + 1.5 * INTERVAL_SECONDS)  # a last beat may be read one interval late
+            if not lost:
+                raise
+            raise RankLost(
+                f"{', '.join(lost)}: not heard of any more, so this training can't go on. The reason is in the output "
+                "of that process; if there is none, it was killed, perhaps for want of memory, or its node is down or "
+                "cut off. Go on from the newest checkpoint with --resume_from_checkpoint last"
+            ) from error
+
     def _beat(self, store: dist.Store, rank: int, watch: Watch | None, is_over: threading.Event) -> None:
         name = f"{socket.gethostname()}, process {os.getpid()}"
         count = 0
@@ -165,6 +204,11 @@ class Heartbeat(TrainerCallback):
                     watch.hear(dict(zip(sorted(known), beats, strict=True)), time.monotonic())
             except RuntimeError:  # no connection: that nothing was heard is told by the watch
                 continue
+
+
+def is_of_connection(error: RuntimeError) -> bool:
+    """Whether an error is torch.distributed's: gloo has no class of its own for them."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def _tell(watch: Watch, is_over: threading.Event) -> None:

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.launch
 MASTER = "10.93.0.1"
 ADDRESSES = (MASTER, "10.93.0.2")
 SECONDS_UNTIL_REFUSED = 60
+CUT_OFF = "its node is cut off"
 FLAGS = ("--validation_split_percentage", 0, "--save_steps", 2, "--report_to", "none")
 
 
@@ -81,16 +82,29 @@ def groups(hosts, trained, tiny_model, chat_file, tmp_path_factory) -> dict[str,
     other = write_jsonl(directory / "other.jsonl", facts_en()[:40])
     shutil.copytree(trained / "out0", trained / "resumed" / "out0")
     resume = ("--resume_from_checkpoint", "last", "--max_steps", 4)
+    shared = ("--output_dir", trained / "shared", "--max_steps", 24, "--save_steps", 4)
+    endless = ("--max_steps", 100000, "--save_strategy", "no")
     commands = {  # the flags of each rank
         "one host": ((), ()),
         "data": ((), ("--data_files", other)),
         "resumed": (resume, resume),
         "configuration": ((), ("--config", "missing.yaml")),
+        "killed": (shared, shared),
+        "after it": ((*shared, "--resume_from_checkpoint", "last"),) * 2,
+        "cable": (endless, endless),
     }
-    ranks = {}
+    unplug = ["ip", "-n", hosts[1], "link", "set", f"v{hosts[1]}", "down"]
+    faults = {
+        "killed": [{"when": f"{trained}/shared/checkpoint-4/manifest.json", "kill": [1]}],
+        "cable": [
+            {"when": f"{trained}/cable/out0/train_log.jsonl", "text": "loss", "run": unplug},
+            *({"when": f"{directory}/cable.{rank}", "text": CUT_OFF, "kill": [rank]} for rank in (0, 1)),
+        ],
+    }
+    runs = {}
     for name, flags in commands.items():
         has_one_host, port = name == "one host", free_port()
-        ranks[name] = [
+        ranks = [
             {
                 "namespace": None if has_one_host else hosts[rank],
                 "env": {
@@ -106,9 +120,10 @@ def groups(hosts, trained, tiny_model, chat_file, tmp_path_factory) -> dict[str,
             }
             for rank in (0, 1)
         ]
+        runs[name] = {"ranks": ranks, "faults": faults.get(name, [])}
     worker = [sys.executable, "-m", "tests.launch.hosts_worker", directory]
     subprocess.run(
-        worker, cwd=ROOT, env=environment_of(), input=json.dumps(ranks), text=True, timeout=TIMEOUT, check=True
+        worker, cwd=ROOT, env=environment_of(), input=json.dumps(runs), text=True, timeout=TIMEOUT, check=True
     )
     return {
         name: [SimpleNamespace(**rank) for rank in json.loads((directory / f"{name}.json").read_text())]
@@ -168,3 +183,28 @@ def test_what_only_one_host_lacks_is_refused_on_both(groups, name, error):
     assert second.startswith("node 1 (" if name == "resumed" else error)
     for message in (first, second):
         assert "): no such error. Every node needs the same files" in message
+
+
+# ---- faults of a node ---------------------------------------------------------------------------
+
+
+def test_a_killed_node_is_named_and_the_run_goes_on_from_its_checkpoint(groups, trained):
+    killed, after = groups["killed"], groups["after it"]
+    assert [rank.status for rank in killed] == [1, -9], killed[0].output
+    assert "error: rank 1 (" in killed[0].output
+    assert "Traceback" not in killed[0].output
+    assert "--resume_from_checkpoint last" in killed[0].output
+    assert [rank.status for rank in after] == [0, 0], after[0].output
+    steps = [record["step"] for record in read_log(trained / "shared") if "loss" in record]
+    assert steps[-1] == 24
+    assert steps == sorted(set(steps))
+    assert (trained / "shared" / "model.safetensors").exists()
+
+
+def test_a_pulled_cable_is_told_on_both_hosts(groups):
+    """It breaks no connection, so nothing else would say so before the time-out."""
+    first, second = groups["cable"]
+    assert "rank 1 (" in first.output
+    assert "has not been heard of for" in first.output
+    assert "rank 0 (" in second.output
+    assert "has not answered for" in second.output

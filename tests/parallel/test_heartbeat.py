@@ -6,6 +6,7 @@ import pytest
 import torch.distributed as dist
 from transformers import TrainerControl, TrainerState
 
+from dft.errors import RankLost
 from dft.parallel import heartbeat
 from dft.parallel.heartbeat import INTERVAL_SECONDS, SILENT_SECONDS, Beat, Heartbeat, Watch
 
@@ -122,3 +123,46 @@ def test_each_rank_writes_and_the_watch_reads(monkeypatch):
     for rank in (1, 0):  # rank 2 hasn't come yet
         Heartbeat()._beat(store, rank, watch if rank == 0 else None, TwoBeats())
     assert {rank: beat.count for rank, beat in watch._beats.items()} == {0: 2, 1: 2}
+
+
+# ---- a collective that fails --------------------------------------------------------------------
+
+
+def failing_at_10(beating, *, answers=True) -> Heartbeat:
+    """Of a first rank whose collective has failed at 10 s, where only some of two ranks have beaten since."""
+    callback = Heartbeat()
+    callback._watch = Watch(2, now=0.0)
+    for now in (9.0, 30.0) if answers else (9.0,):
+        known = beating if now > 10 else (0, 1)
+        beats = {rank: Beat(int(now) if rank in known else 9, 4.5, f"host{rank}, process 7") for rank in (0, 1)}
+        callback._watch.hear(beats, now)
+    return callback
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Sleeping takes no time, and it is 10 s."""
+    monkeypatch.setattr(heartbeat.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: 10.0)
+
+
+@pytest.mark.parametrize(
+    ("callback", "name"),
+    [
+        (failing_at_10(beating=[0]), "rank 1 (host1, process 7)"),
+        (failing_at_10(beating=[0, 1], answers=False), "rank 0 (host0, process 7)"),
+    ],
+)
+def test_a_broken_connection_raises_the_name_of_the_lost_rank(clock, callback, name):
+    with pytest.raises(RankLost, match="not heard of any more") as caught, callback.naming_lost_ranks():
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer")
+    assert str(caught.value).startswith(f"{name}: ")
+
+
+@pytest.mark.parametrize(
+    ("beating", "error"), [([0], ValueError("gloo")), ([0], RuntimeError("shapes")), ([0, 1], RuntimeError("gloo"))]
+)
+def test_other_errors_and_those_without_a_lost_rank_pass(clock, beating, error):
+    with pytest.raises(type(error)) as caught, failing_at_10(beating).naming_lost_ranks():
+        raise error
+    assert caught.value is error
