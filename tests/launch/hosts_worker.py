@@ -4,7 +4,7 @@
         python -m tests.launch.hosts_worker OUT
 
 Writes OUT/NAME.json for each group, [{"status", "output", "seconds"}] of its ranks. `namespace` may be null. A group
-may have `faults` that happen to it one after the other: {"when": a file that is there then, "text": what it holds then,
+may have `faults` that happen to it one after the other: {"when": a file that is there then, "text": in it,
 and "run": a command, or "kill": numbers of ranks}. In those groups heartbeats are faster.
 """
 
