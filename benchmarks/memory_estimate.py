@@ -123,6 +123,7 @@ def trainer(case: dict[str, Any]):
         save_strategy="no",
         disable_tqdm=True,
         activation_checkpointing=case["recompute"],
+        deepspeed=case.get("deepspeed"),
     )
     collator = PaddingCollator(make_tokenizer())
     return DFTTrainer(model, training, dft_alpha=1.0, train_dataset=Dataset.from_list(rows), data_collator=collator)
@@ -173,10 +174,7 @@ The training step of [gpu.md](gpu.md) (`0.6b/ours_packed`: Qwen3-0.6B's shapes, 
 doesn't need repeated heads: {grouped:,.0f} MiB.""",
             "## Doubt",
             """\
-- The table is of one process in float32. DeepSpeed and DDP were tried once, by hand, on two processes with buckets of
-  10**6 elements, the 15M model, 2 x 256 tokens, recomputation: the estimate was 0.998 of the peak for DDP, 0.92 for
-  ZeRO-2, and 0.72 and 0.78 in two runs of ZeRO-3. The tensors that ZeRO-3 held after training were those estimated
-  (133 MiB), so the rest is made in communication; it may be that releases by gloo's threads are not seen.
+- The table is of one process in float32; [memory_zero_cpu.md](memory_zero_cpu.md) is of ZeRO-2 and ZeRO-3.
 - 4-bit weights are not measured. In 16 bits there is the one peak of a GPU, and none with recomputation.
 - One architecture.""",
         ]
