@@ -58,12 +58,11 @@ def check_checkpoint(directory: Path) -> None:
     """Looks through all pickles of a checkpoint, in its folders too.
 
     Raises:
-        UserError: some would run code, or can't be looked through; or `latest`, by which DeepSpeed finds its folder,
-            names one that is elsewhere.
+        UserError: some would run code, or can't be looked through; or `latest` or `latest_universal`, by which
+            DeepSpeed finds its folder, names one that is elsewhere.
     """
     files = sorted(path for path in directory.rglob("*") if path.suffix in SUFFIXES or path.name == METADATA_FILE)
-    latest = directory / "latest"
-    if latest.is_file():
+    for latest in filter(Path.is_file, directory.glob("latest*")):
         name = latest.read_text(encoding="utf-8", errors="replace").strip()
         if Path(name).name != name or name == "..":
             raise UserError(f"{latest} names {name!r}; it must be the name of a folder beside it")

@@ -119,10 +119,11 @@ def test_the_parts_of_a_distributed_checkpoint_are_looked_through(tmp_path, mark
     assert not mark.exists()
 
 
+@pytest.mark.parametrize("latest", ["latest", "latest_universal"])
 @pytest.mark.parametrize("name", ["../elsewhere", "..", "/tmp"])
-def test_deepspeeds_parts_lie_inside_the_checkpoint(name, tmp_path):
-    (tmp_path / "latest").write_text(name)
-    with pytest.raises(UserError, match=f"latest names '{name}'"):
+def test_deepspeeds_parts_lie_inside_the_checkpoint(name, latest, tmp_path):
+    (tmp_path / latest).write_text(name)
+    with pytest.raises(UserError, match=f"{latest} names '{name}'"):
         check_checkpoint(tmp_path)
 
 

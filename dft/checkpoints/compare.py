@@ -6,6 +6,7 @@ and in the schedule mean nothing.
 
 import json
 import logging
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,20 @@ from transformers import TrainingArguments
 from dft.checkpoints.facts import engine_facts
 from dft.checkpoints.integrity import DEEPSPEED_PARTS
 from dft.checkpoints.manifest import read_manifests
+from dft.checkpoints.universal import is_universal
 from dft.errors import UserError
 from dft.parallel.agreement import versions
 
 logger = logging.getLogger(__name__)
 
 OLDER_FACTS_FILE = "made_with.json"  # in checkpoints without a manifest
-# What may differ: the random states are the checkpoint's, and how far to train is for the run that goes on to say.
-ACCEPTED = ("seed", "max_steps", "num_train_epochs")
+# What may differ: the random states are the checkpoint's, how far to train is for the run that goes on to say, and the
+# rows of a step are the same however they are divided over processes.
+LENGTH = ("max_steps", "num_train_epochs")
+ACCEPTED = ("seed", "world_size", *LENGTH)
 SCHEDULE = ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
 OPTIMIZER = ("optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+RESHAPED = {"world_size", "zero_stage"}  # what scripts/reshape_checkpoint.py makes free
 SHARDS = ("deepspeed", "fsdp")  # engines that are given no checkpoint of another number of processes
 
 
@@ -57,12 +62,24 @@ def check_loadable(checkpoint: Path, args: TrainingArguments) -> None:
     now = engine_facts(args)
     decisive = ["engine", "zero_stage", "fsdp"] + (["world_size"] if then["engine"] in SHARDS else [])
     different = [name for name in decisive if name in then and then[name] != now[name]]
+    if is_universal(checkpoint) and now["zero_stage"] == 0:  # which has no parts to fill with it
+        then, different = then | {"zero_stage": "1, 2 or 3"}, [*different, "zero_stage"]
     if different:
         raise UserError(
             f"--resume_from_checkpoint {checkpoint} can't be loaded by this run:{_listed(different, then, now)}\n"
             "A checkpoint is loaded by what has saved it, and one in parts on as many processes: start this run so, "
-            f"or begin a new one with --model_name_or_path {checkpoint}"
+            f"or {_way_out(checkpoint, different, then, now)}"
         )
+
+
+def _way_out(checkpoint: Path, different: list[str], then: dict[str, Any], now: dict[str, Any]) -> str:
+    has_parts = then["engine"] == "deepspeed" and 0 not in (then.get("zero_stage"), now["zero_stage"])
+    if has_parts and {*different} <= RESHAPED:
+        return (
+            "make a checkpoint that any number of processes and any stage can load:\n"
+            f"    python scripts/reshape_checkpoint.py {shlex.quote(str(checkpoint))}"
+        )
+    return f"begin a new one with --model_name_or_path {checkpoint}"
 
 
 def compare_facts(checkpoint: str | Path, now: dict[str, Any], *, go_on: bool) -> None:
@@ -85,7 +102,7 @@ def compare_facts(checkpoint: str | Path, now: dict[str, Any], *, go_on: bool) -
     accepted = [name for name in different if name in ACCEPTED]
     accepted += [name for name in versions_then if name in now and versions_then[name] != now[name]]
     if accepted:
-        more = "; the learning rate is that of the new length" if {*different} & {*ACCEPTED[1:]} else ""
+        more = "; the learning rate is that of the new length" if {*different} & {*LENGTH} else ""
         logger.warning(
             "This run differs from %s in what is accepted%s:%s", checkpoint, more, _listed(accepted, then, now)
         )

@@ -204,6 +204,7 @@ def rotate(run_dir: Path, limit: int | None, keep: Collection[Path]) -> None:
     if not limit:
         return
     paths = [Path(path) for path in sort_checkpoints(str(run_dir), use_mtime=True)]
+    paths = [path for path in paths if CHECKPOINT_NAME.fullmatch(path.name)]  # not those that were reshaped
     kept = {path.resolve() for path in keep}
     others = [path for path in paths if path.resolve() not in kept]
     excess = len(paths) - max(limit, len(paths) - len(others))

@@ -1,6 +1,7 @@
 """A Trainer whose checkpoints can be relied on: whole or absent, the best and the newest stay, resuming compares."""
 
 import copy
+import hashlib
 import json
 import shutil
 from dataclasses import asdict
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_model_param_count
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
@@ -31,6 +32,7 @@ from dft.checkpoints.serving import (
     with_cache,
 )
 from dft.checkpoints.staging import StagedSave, rotate
+from dft.checkpoints.universal import complete_optimizer, is_universal, loaded_as_saved
 from dft.config.loss import LossConfig
 from dft.config.training import DFTTrainingArguments
 from dft.distributed import once_per_node
@@ -116,12 +118,34 @@ class CheckpointTrainer(Trainer):
         tell_what_is_compared(self.args, self.state)
         return position
 
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        """Trainer's, which has DeepSpeed load the checkpoint that is resumed."""
+        with loaded_as_saved(resume_from_checkpoint):
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        """Trainer's, for a checkpoint in any format."""
+        with loaded_as_saved(self.state.best_model_checkpoint):
+            super()._load_best_model()
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Trainer's; the learning rate follows the arguments of this training."""
+        if is_universal(checkpoint):
+            complete_optimizer(self.deepspeed.optimizer.optimizer, Path(checkpoint))
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             then, _ = read_facts(Path(checkpoint))
             follow_flags(self.lr_scheduler, then.get("learning_rate"), self.args.learning_rate)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Trainer's; a process that the checkpoint has no random state of gets one of its own."""
+        rank = self.args.process_index
+        name = f"rng_state_{rank}.pth" if self.args.world_size > 1 else "rng_state.pth"
+        if checkpoint is not None and not (Path(checkpoint) / name).is_file():
+            seed = f"{self.args.seed} {self.state.global_step} {rank}"
+            set_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:4]))
+            return
+        super()._load_rng_state(checkpoint)
 
     def _run_epoch(self, *args, **kwargs):
         """Trainer's, which would train a step more where the checkpoint is at the end of the training."""

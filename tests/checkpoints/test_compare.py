@@ -46,7 +46,7 @@ def test_every_difference_is_listed_with_the_remedy(tmp_path):
         ("lr_scheduler_type", "the learning rate and its schedule follow the flags of this run"),
         ("warmup_steps", "the learning rate and its schedule follow the flags of this run"),
         ("weight_decay", "the optimizer keeps the settings of the checkpoint"),
-        ("world_size", None),
+        ("rows_per_step", None),
     ],
 )
 def test_what_changes_the_result_is_refused_and_what_happens_otherwise_is_said(tmp_path, caplog, name, follows):
@@ -60,13 +60,15 @@ def test_what_changes_the_result_is_refused_and_what_happens_otherwise_is_said(t
 
 
 def test_what_does_not_change_the_result_is_said(tmp_path, caplog):
-    then = {"seed": 1, "max_steps": 4, "num_train_epochs": None, "training_rows": 5}
+    then = {"seed": 1, "max_steps": 4, "num_train_epochs": None, "world_size": 1, "training_rows": 5}
     checkpoint = checkpoint_of(tmp_path, then, versions() | {"torch": "1.0"})
-    compare_facts(checkpoint, then | {"seed": 2, "max_steps": 6}, go_on=False)
-    ours = versions()["torch"]
-    assert listed(caplog.text) == [
-        *("  seed: checkpoint 1, now 2", "  max_steps: checkpoint 4, now 6", f"  torch: checkpoint 1.0, now {ours}")
-    ]
+    compare_facts(checkpoint, then | {"seed": 2, "world_size": 2}, go_on=False)
+    ours = f"  torch: checkpoint 1.0, now {versions()['torch']}"
+    assert listed(caplog.text) == ["  seed: checkpoint 1, now 2", "  world_size: checkpoint 1, now 2", ours]
+    assert "new length" not in caplog.text
+    caplog.clear()
+    compare_facts(checkpoint, then | {"max_steps": 6}, go_on=False)
+    assert listed(caplog.text) == ["  max_steps: checkpoint 4, now 6", ours]
     assert "the learning rate is that of the new length" in caplog.text
 
 
@@ -105,10 +107,11 @@ def run_of(engine: str, zero_stage: int | None, world_size: int) -> SimpleNamesp
         (ZERO3, {}, None),
         (ZERO3, {"world_size": 1}, "world_size: checkpoint 2, now 1"),
         (ZERO3, {"zero_stage": 2}, "zero_stage: checkpoint 3, now 2"),
+        (ZERO3, {"zero_stage": 0}, "zero_stage: checkpoint 3, now 0"),
         (ZERO3, DDP, "engine: checkpoint deepspeed, now torch"),
         (DDP, ZERO3, "engine: checkpoint torch, now deepspeed"),
         (DDP, {"engine": "fsdp"}, "engine: checkpoint torch, now fsdp"),
-        (DDP, {"world_size": 1}, None),  # which is for compare_facts to refuse
+        (DDP, {"world_size": 1}, None),  # each process has all that it needs
     ],
 )
 def test_another_engine_or_number_of_parts_is_refused_whatever_is_asked_for(tmp_path, then, changes, line):
@@ -117,8 +120,25 @@ def test_another_engine_or_number_of_parts_is_refused_whatever_is_asked_for(tmp_
     if line is None:
         check_loadable(checkpoint, now)
         return
-    with pytest.raises(UserError, match=line):
+    with pytest.raises(UserError, match=line) as caught:
         check_loadable(checkpoint, now)
+    is_command_named = f"python scripts/reshape_checkpoint.py {checkpoint}" in str(caught.value)
+    assert is_command_named == (then == ZERO3 and "engine" not in changes and changes.get("zero_stage") != 0)
+
+
+def test_a_reshaped_checkpoint_is_for_any_number_of_processes_and_any_stage_with_parts(tmp_path):
+    checkpoint = checkpoint_of(tmp_path, {"engine": "deepspeed"})
+    (checkpoint / "global_step3_universal").mkdir()
+    (checkpoint / "latest_universal").touch()
+    for stage in (1, 2, 3):
+        check_loadable(checkpoint, run_of("deepspeed", stage, 7))
+    for engine, stage, line in [
+        ("torch", None, "engine: checkpoint deepspeed, now torch"),
+        ("deepspeed", 0, "zero_stage: checkpoint 1, 2 or 3, now 0"),
+    ]:
+        with pytest.raises(UserError, match=line) as caught:
+            check_loadable(checkpoint, run_of(engine, stage, 1))
+        assert "reshape_checkpoint.py" not in str(caught.value)
 
 
 @pytest.mark.parametrize("told", [None, {"zero_stage": 3, "world_size": 2}])

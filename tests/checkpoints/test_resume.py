@@ -137,6 +137,25 @@ def test_where_nothing_is_left_to_train_the_final_model_is_that_of_the_checkpoin
     assert json.loads((run / "trainer_state.json").read_text())["global_step"] == 3
 
 
+def test_a_process_without_a_random_state_gets_one_of_its_own(make_trainer, run, monkeypatch):
+    trainer = make_trainer(**SETTINGS, output_dir=str(run))
+    rank = 0
+    monkeypatch.setattr(type(trainer.args), "process_index", property(lambda args: rank))
+    monkeypatch.setattr(type(trainer.args), "world_size", property(lambda args: 2))
+    (run / "checkpoint-2" / "rng_state.pth").rename(run / "checkpoint-2" / "rng_state_0.pth")
+    drawn = []
+    for number in (0, 0, 1, 1, 2):
+        rank = number
+        torch.manual_seed(len(drawn))
+        trainer._load_rng_state(str(run / "checkpoint-2"))
+        drawn.append(float(torch.rand(())))
+    assert drawn[0] == drawn[1] != drawn[2] == drawn[3] != drawn[4]
+    trainer.state.global_step = 9
+    rank = 1
+    trainer._load_rng_state(str(run / "checkpoint-2"))
+    assert float(torch.rand(())) != drawn[2]
+
+
 # ---- the learning rate --------------------------------------------------------------------------
 
 

@@ -178,6 +178,15 @@ def test_a_checkpoint_that_made_way_for_one_that_never_came_is_put_back(tmp_path
     assert "checkpoint-3 is back in its place" in caplog.text
 
 
+def test_a_reshaped_checkpoint_is_neither_counted_nor_deleted(tmp_path):
+    for name in ("checkpoint-1", "checkpoint-1-reshaped", "checkpoint-2"):
+        (tmp_path / name).mkdir()
+    rotate(tmp_path, 2, [])
+    assert len(list(tmp_path.iterdir())) == 3
+    rotate(tmp_path, 1, [tmp_path / "checkpoint-2"])
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1-reshaped", "checkpoint-2"}
+
+
 # ---- several nodes ------------------------------------------------------------------------------
 
 NODES = Nodes([0, 1, 0, 1])
