@@ -148,6 +148,23 @@ def change_of_weights(trainer: Trainer) -> torch.Tensor:
     return flat_weights(trainer.model) - before
 
 
+def spoil_gradient(model: torch.nn.Module, is_bad: Callable[[], bool]) -> None:
+    """Makes one number of the gradient of the first layer's output infinite whenever `is_bad` says so."""
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor | None:
+        if not is_bad():
+            return None
+        gradient = gradient.clone()
+        gradient.view(-1)[0] = float("inf")
+        return gradient
+
+    def watch(module, inputs, output) -> None:
+        if output.requires_grad:
+            output.register_hook(spoil)
+
+    model.get_decoder().layers[0].mlp.register_forward_hook(watch)
+
+
 def flat_weights(model: torch.nn.Module) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
