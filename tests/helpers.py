@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 from datasets import Dataset
 from transformers import Trainer
@@ -56,6 +57,10 @@ THINKING_TEMPLATE = """\
     {%- endif %}
 {%- endfor %}
 """
+
+
+FULL = Path("/dev/full")  # every write to it fails as on a full disk
+needs_full_disk = pytest.mark.skipif(not FULL.exists(), reason="there is no /dev/full here")
 
 
 def write_jsonl(path: Path, rows: list) -> Path:
