@@ -33,6 +33,7 @@ from dft.metrics.token_sums import TokenSums, averages, channel_averages, health
 from dft.metrics.training import LogLastStepCallback, TrainingMetrics
 from dft.model.compiled import compile_layers
 from dft.model.tokenizer import special_token_ids
+from dft.nonfinite import FiniteTrainer
 from dft.parallel.fsdp import ShardedTrainer
 from dft.parallel.ulysses import SequenceGroup
 from dft.reference.trainer import ReferenceTrainer
@@ -45,7 +46,7 @@ logger = get_logger(__name__)
 TRAINER_DIVIDES_LOSS = not hasattr(Trainer, "loss_is_scaled_for_ga")
 
 
-class DFTTrainer(ShardedTrainer, CheckpointTrainer, ReferenceTrainer):
+class DFTTrainer(ShardedTrainer, CheckpointTrainer, ReferenceTrainer, FiniteTrainer):
     """Trainer whose loss weights each supervised token by alpha * p_correct + 1 - alpha, or by another objective.
 
     The loss of a step is sum(w * nll) / N with N counted over the whole global batch, so it doesn't
@@ -82,6 +83,7 @@ class DFTTrainer(ShardedTrainer, CheckpointTrainer, ReferenceTrainer):
         channel/NAME/ce_loss, channel/NAME/p_correct, channel/NAME/acc   of one source
         tokens_per_second, supervised_tokens_per_second, memory_gib
         padding_share        of the positions that the model computed
+        train/nonfinite_steps   steps whose update was skipped, see dft.nonfinite; where there are any or may be
         mfu                  share of the devices' peak, see dft.metrics.throughput; where the peak is known
     At its end: train_steps, train_tokens, train_supervised_tokens, and both per second of training alone.
     Evaluation: loss, ce_loss, perplexity, avg_p_correct, acc, mean_weight, the shares, entropy and channels of the
@@ -141,7 +143,7 @@ class DFTTrainer(ShardedTrainer, CheckpointTrainer, ReferenceTrainer):
         self._temperature = Temperature(objective.tau) if isinstance(objective, Talr) else None
         self.stop = StopRequest()
         self.add_callback(self.stop)
-        self._finite_check = FiniteCheck(self.train_dataset, source_of_row, self.stop)
+        self._finite_check = FiniteCheck(self.train_dataset, source_of_row, self.stop, self.nonfinite)
         self._leak_check = LeakCheck(self.model.config.get_text_config().vocab_size)
         self._row_lengths = row_lengths
         self._order: EpochOrder | None = None  # of the training rows
@@ -284,7 +286,7 @@ class DFTTrainer(ShardedTrainer, CheckpointTrainer, ReferenceTrainer):
             if self._temperature is not None:
                 group = None if self._sequence is None else self._sequence.group
                 self._temperature.add(tokens, batch.document_of(tokens), len(whole.lengths), group)
-            self._finite_check.note(loss, whole.inputs, self.state.global_step + 1)
+            loss = self._finite_check.note(loss, whole.inputs, self.state.global_step + 1)
             if TRAINER_DIVIDES_LOSS:
                 loss = loss * self._num_batches
         return (loss, outputs) if return_outputs else loss

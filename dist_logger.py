@@ -6,7 +6,9 @@ is emitted, so it is right however late the process group starts.
 """
 
 import logging
+import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 from dft.errors import UserError
@@ -40,6 +42,22 @@ class PrintableFormatter(logging.Formatter):
         return printable(super().format(record), lines=True).replace("\n", "\n    ")
 
 
+class LogFileHandler(logging.FileHandler):
+    """Writes records to a file; once it can't be written, a warning says so, and the run goes on without it."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Called by logging where a record couldn't be written."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        logger = logging.getLogger(ROOT_NAME)
+        logger.removeHandler(self)
+        with suppress(OSError):  # of what it holds unwritten
+            self.close()
+        logger.warning("%s can't be written (%s): the run goes on without it", self.baseFilename, error.strerror)
+
+
 def setup_logging(log_file: str | Path | None = None, only_rank_0: bool = True, debug: bool = False) -> None:
     """Installs the handlers: records go to stderr, and those of rank 0 also to `log_file`. Call it once, in main.
 
@@ -55,7 +73,7 @@ def setup_logging(log_file: str | Path | None = None, only_rank_0: bool = True, 
     if log_file is not None and rank_and_world_size()[0] == 0:
         try:
             Path(log_file).parent.mkdir(parents=True, exist_ok=True)
-            handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+            handlers.append(LogFileHandler(log_file, encoding="utf-8"))
         except OSError as error:
             raise UserError(
                 f"the log file {log_file} can't be written ({error}): give another --logging_dir"

@@ -2,13 +2,19 @@
 
 import argparse
 import atexit
+import logging
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from filelock import SoftFileLock, Timeout
 
 from dft.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 PRIVATE = 0o700  # the mode of a directory that only this user can enter, whatever the modes inside are
 LOCK = "_lock"  # in an output directory while a run writes to it
@@ -56,6 +62,23 @@ def take_directory(path: Path, flag: str) -> None:
             f"it was on a machine that is gone, delete {path / LOCK}"
         ) from None
     atexit.register(lock.release)
+
+
+@contextmanager
+def dispensable(path: Path) -> Iterator[None]:
+    """Inside, a file is written that tells of a run and that it can do without: if that fails, a warning says so.
+
+    There is one warning for each file, however often it is written.
+    """
+    try:
+        yield
+    except OSError as error:
+        _warn_of_loss(path, error.strerror or str(error))
+
+
+@cache
+def _warn_of_loss(path: Path, reason: str) -> None:
+    logger.warning("%s can't be written (%s): the run goes on without it", path, reason)
 
 
 def new_directory(path: str | Path, *, shared: bool = False) -> None:

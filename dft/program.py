@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from dft.errors import RankLost, SharedUserError, StoppedEarly, UserError
+from dft.lasting_stream import outlive_readers
 from dft.launched import local_rank, spans_nodes, tell_script
 from dft.printable import printable
 
@@ -44,9 +45,11 @@ def program() -> Iterator[None]:
     the message themselves only if nothing has killed them by then. The ranks of other nodes are told, so that they
     don't wait for this one. Other exceptions pass through; before the training, other nodes are told of them too.
     Nothing that follows in the file is run. A StoppedEarly is printed by the first rank of each node, and ends the
-    program with its status. A RankLost is printed like it, and ends the program with status 1.
+    program with its status. A RankLost is printed like it, and ends the program with status 1. A program goes on where
+    nobody reads its output any more.
     """
     status = 0
+    outlive_readers()
     try:
         yield
     except UserError as error:

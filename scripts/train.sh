@@ -47,7 +47,12 @@ if [[ "${NNODES:-1}" != 1 || ( "$LAUNCHER" == deepspeed && -n "${HOSTFILE:-}" ) 
 
 mode=700  # of a new directory: the log shows rows of the data
 if [[ " $* " =~ \ --shared[_-]files[=\ ]([Tt]rue|1|yes)\  ]]; then mode="$(printf '%o' $(( 0777 & ~$(umask) )))"; fi
-mkdir -p -m "$mode" "$(dirname "$LOG_FILE")"
+trap '' PIPE  # nobody may read the output any more: then tee still writes the log file
+lose_log() {  # why
+    echo "warning: $LOG_FILE can't be written (${1##*: }): the run goes on without it" >&2 || true
+    LOG_FILE=/dev/null
+}
+why="$({ mkdir -p -m "$mode" "$(dirname "$LOG_FILE")" && : >> "$LOG_FILE"; } 2>&1)" || lose_log "$why"
 if [[ "${BACKGROUND:-0}" == 1 ]]; then
     BACKGROUND=0 LOG_FILE="$LOG_FILE" nohup bash scripts/train.sh "$@" > /dev/null 2>&1 &
     echo "Training started in background, process $!. Follow it with: tail -f $LOG_FILE"
@@ -119,20 +124,25 @@ if [[ -n "${OUTPUT_DIR:-}" ]]; then command+=(--output_dir "$OUTPUT_DIR"); fi
 if [[ -n "$DS_CONFIG" ]]; then command+=(--deepspeed "$DS_CONFIG"); fi
 command+=("$@")
 
-{ printf 'Command:'; printf ' %q' "${command[@]}"; printf '\nLog file: %s\n' "$LOG_FILE"; } | tee "$LOG_FILE"
+start="$(printf 'Command:'; printf ' %q' "${command[@]}"; printf '\nLog file: %s' "$LOG_FILE")"
+echo "$start" || true
+why="$({ echo "$start" > "$LOG_FILE"; } 2>&1)" || lose_log "$why"
+write_log() {  # what a program says; where the disk is full, tee says so once and goes on
+    tee -a "$LOG_FILE" || true
+}
 
 # What DeepSpeed would build in the middle of the run, with one process building and the others waiting
 if [[ -n "$DS_CONFIG" ]]; then
     for (( i = 1; i < $#; i++ )); do
         if [[ "${!i}" == --deepspeed ]]; then next=$(( i + 1 )) && DS_CONFIG="${!next}"; fi
     done
-    python -m dft.operators "$DS_CONFIG" 2>&1 | tee -a "$LOG_FILE" ||
+    python -m dft.operators "$DS_CONFIG" 2>&1 | write_log ||
         fail "an operator of DeepSpeed could not be built: see the compiler's messages above"
 fi
 
 # The launchers would try for 15 minutes, and end with traces from C++.
 if [[ "$has_nodes" == 1 && "${NODE_RANK:-0}" != 0 ]]; then
-    python -m dft.parallel.master "$MASTER_ADDR" "$MASTER_PORT" 2>&1 | tee -a "$LOG_FILE" || exit 2
+    python -m dft.parallel.master "$MASTER_ADDR" "$MASTER_PORT" 2>&1 | write_log || exit 2
 fi
 
 # The run gets its own process group, so that all ranks can be ended when this script is. In DFT_RUN_DIR each rank that can

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 from datasets import Dataset
 from transformers import Trainer
@@ -56,6 +57,10 @@ THINKING_TEMPLATE = """\
     {%- endif %}
 {%- endfor %}
 """
+
+
+FULL = Path("/dev/full")  # every write to it fails as on a full disk
+needs_full_disk = pytest.mark.skipif(not FULL.exists(), reason="there is no /dev/full here")
 
 
 def write_jsonl(path: Path, rows: list) -> Path:
@@ -146,6 +151,23 @@ def change_of_weights(trainer: Trainer) -> torch.Tensor:
     before = flat_weights(trainer.model)
     trainer.train()
     return flat_weights(trainer.model) - before
+
+
+def spoil_gradient(model: torch.nn.Module, is_bad: Callable[[], bool]) -> None:
+    """Makes one number of the gradient of the first layer's output infinite whenever `is_bad` says so."""
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor | None:
+        if not is_bad():
+            return None
+        gradient = gradient.clone()
+        gradient.view(-1)[0] = float("inf")
+        return gradient
+
+    def watch(module, inputs, output) -> None:
+        if output.requires_grad:
+            output.register_hook(spoil)
+
+    model.get_decoder().layers[0].mlp.register_forward_hook(watch)
 
 
 def flat_weights(model: torch.nn.Module) -> torch.Tensor:

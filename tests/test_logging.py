@@ -6,7 +6,7 @@ import pytest
 
 from dft.errors import UserError
 from dist_logger import get_logger, setup_logging
-from tests.helpers import run, run_on
+from tests.helpers import FULL, needs_full_disk, run, run_on
 
 WORKER = """
 import sys
@@ -52,6 +52,16 @@ def test_setting_up_twice_writes_once(tmp_path, capsys):
     get_logger("here").info("hello")
     assert capsys.readouterr().err.count("hello") == 1
     assert (tmp_path / "run.log").read_text().count("hello") == 1
+
+
+@needs_full_disk
+def test_a_log_file_on_a_full_disk_is_dropped_with_one_warning(capsys):
+    setup_logging(FULL)
+    for message in ("one", "two", "three"):
+        get_logger("here").info(message)
+    lines = [text.split(" - ")[-1] for text in capsys.readouterr().err.splitlines()]
+    expected = "/dev/full can't be written (No space left on device): the run goes on without it"
+    assert lines == ["one", expected, "two", "three"]
 
 
 def test_debug_records_are_shown_on_request(capsys):

@@ -15,7 +15,13 @@ from transformers.utils import is_liger_kernel_available
 
 from dft.config.fsdp import fsdp_config
 from dft.config.options import option
-from dft.config.training_checks import check_sequence_parallel, check_training, rows_of_batch, tracker_names
+from dft.config.training_checks import (
+    check_sequence_parallel,
+    check_skips,
+    check_training,
+    rows_of_batch,
+    tracker_names,
+)
 from dft.distributed import has_accelerator, join_for_deepspeed, join_on_cpu
 from dft.errors import UserError
 from dft.interface import set_gloo_interface
@@ -128,6 +134,12 @@ class DFTTrainingArguments(TrainingArguments):
         "Minutes from the start of the program after which the training ends with a checkpoint, at the end of a step; "
         "the exit status is then 143."
     )
+    on_nonfinite: Literal["stop", "skip"] = option(
+        "What happens if the loss or the gradient of a step is NaN or infinite. stop: the run ends before the update, "
+        "with an error. skip: it goes on without that update, with a warning.",
+        "stop",
+    )
+    max_nonfinite_steps: int = option("With --on_nonfinite skip: so many such steps in a row end the run.", 5)
     do_train: bool = option(
         "False: only evaluate the model of --model_name_or_path, and write eval_results.json; nothing is trained, and "
         "no model is saved.",
@@ -154,6 +166,7 @@ class DFTTrainingArguments(TrainingArguments):
             join_on_cpu(timeout)
         super().__post_init__()
         check_sequence_parallel(self)
+        check_skips(self)
         if self.accelerator_config.dispatch_batches or self.accelerator_config.split_batches:
             raise UserError(
                 "--accelerator_config: dispatch_batches and split_batches take all batches to be of one size"

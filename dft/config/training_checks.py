@@ -81,6 +81,26 @@ def check_sequence_parallel(args: Any) -> None:
         )
 
 
+def check_skips(args: Any) -> None:
+    """Raises UserError where updates are to be skipped that are made before their gradient has been looked at."""
+    if args.on_nonfinite != "skip":
+        return
+    if "lomo" in args.optim or "layerwise" in args.optim:
+        raise UserError(
+            f"--on_nonfinite skip and --optim {args.optim.value}, which updates each layer in the backward pass, when "
+            "the whole gradient isn't known: drop one"
+        )
+    if args.deepspeed_plugin is None:
+        return
+    if args.deepspeed_plugin.zero_stage == 0:
+        raise UserError(
+            "--on_nonfinite skip: under DeepSpeed it needs ZeRO 1, 2 or 3, not 0; use ds_config/zero1.json"
+        )
+    for name in ("bf16.check_grad_overflow", "zero_optimization.compute_grad_norm"):
+        if args.deepspeed_plugin.hf_ds_config.get_value(name, True) is False:
+            raise UserError(f"--on_nonfinite skip can't be combined with {name} false in --deepspeed: drop one")
+
+
 def check_evaluation(args: Any, data: DataConfig) -> None:
     """Raises UserError where evaluations are needed, and there is no data for them; or where one is all there is."""
     for flag, needs in (
@@ -160,6 +180,8 @@ def _check_ranges(args: Any) -> None:
             raise UserError(f"--{name} is {values[name]}; it must be above 0")
     if args.max_runtime_minutes is not None and not args.max_runtime_minutes > 0:
         raise UserError(f"--max_runtime_minutes is {args.max_runtime_minutes}; it must be above 0")
+    if args.max_nonfinite_steps < 1:
+        raise UserError(f"--max_nonfinite_steps is {args.max_nonfinite_steps}; it must be at least 1")
     if args.learning_rate < 0:
         raise UserError(f"--learning_rate is {args.learning_rate}; it must be at least 0")
     if args.max_steps <= 0 and args.num_train_epochs <= 0:

@@ -10,6 +10,7 @@ from dft.config.data import DataConfig
 from dft.data.page import write_page
 from dft.data.prepared import PreparedData
 from dft.data.report import report_table, report_warnings, show_row, write_report
+from dft.files import dispensable
 
 logger = logging.getLogger(__name__)
 
@@ -20,9 +21,13 @@ def show_data(data: PreparedData, config: DataConfig, tokenizer: PreTrainedToken
     A dry run also prints a sample row of each file; with debug_data_processing they and all dropped rows are logged.
     """
     out = Path(output_dir)
-    write_report(data.report, out)
-    shutil.copyfile(data.directory / "rejected.jsonl", out / "rejected.jsonl")
-    write_page(data, tokenizer, out / "data_report.html")
+    rejected = data.directory / "rejected.jsonl"
+    with dispensable(out / "data_report.json"):
+        write_report(data.report, out)
+    with dispensable(out / "rejected.jsonl"):
+        shutil.copyfile(rejected, out / "rejected.jsonl")
+    with dispensable(out / "data_report.html"):
+        write_page(data, tokenizer, out / "data_report.html")
     logger.info("Data: %d training and %d evaluation rows", len(data.train), data.num_evaluation)
     if data.channels:
         logger.info("Sources with metrics of their own: %s", ", ".join(data.channels))
@@ -36,6 +41,6 @@ def show_data(data: PreparedData, config: DataConfig, tokenizer: PreTrainedToken
         elif config.debug_data_processing:
             logger.debug("sample row %r", show_row(row, tokenizer, color=False))
     if config.debug_data_processing:
-        with open(out / "rejected.jsonl", encoding="utf-8") as file:
+        with open(rejected, encoding="utf-8") as file:
             for line in file:
                 logger.debug("dropped %s", line.rstrip("\n"))

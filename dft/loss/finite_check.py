@@ -1,5 +1,6 @@
-"""Stop a run at the first loss that is NaN or infinite, and name the rows that it came from."""
+"""Find a loss that is NaN or infinite before the update, and name the rows that it came from."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -10,6 +11,7 @@ from torch.utils.data import Dataset
 from dft.batching.collators import document_lengths
 from dft.batching.packing import PackedRows
 from dft.distributed import gather_in_training
+from dft.nonfinite import NonfiniteSteps
 from dft.stopping import StopRequest
 
 MAX_NAMED = 20  # rows in the error message
@@ -25,6 +27,7 @@ class FiniteCheck:
         dataset: the training rows, to find a batch's rows in.
         source_of: where a row of it comes from, in words; by default its index.
         stop: whose `agreed` becomes the greatest `wanted` of all ranks.
+        nonfinite: decides what happens; by default the run ends.
     """
 
     def __init__(
@@ -32,7 +35,9 @@ class FiniteCheck:
         dataset: Dataset | None,
         source_of: Callable[[int], str] | None = None,
         stop: StopRequest | None = None,
+        nonfinite: NonfiniteSteps | None = None,
     ):
+        self._nonfinite = nonfinite or NonfiniteSteps()
         self._stop = stop or StopRequest()
         self._dataset = dataset.rows if isinstance(dataset, PackedRows) else dataset
         self._source_of = source_of or (lambda index: f"row {index} of the training set")
@@ -44,7 +49,7 @@ class FiniteCheck:
         self._noted = []
         self._num_left = num_batches
 
-    def note(self, loss: Tensor, inputs: dict[str, Tensor], step: int) -> None:
+    def note(self, loss: Tensor, inputs: dict[str, Tensor], step: int) -> Tensor:
         """Takes in a micro-batch of a step that was begun; with the last one, a collective, it checks the step.
 
         Args:
@@ -52,17 +57,21 @@ class FiniteCheck:
             inputs: of the model, to tell the rows by.
             step: counted from 1.
 
+        Returns:
+            The loss; NaN where the update is to be skipped, so that every engine finds a gradient that isn't finite.
+
         Raises:
-            FloatingPointError: on every rank, if a loss noted on any of them is NaN or infinite.
+            FloatingPointError: on every rank, if a loss noted on any of them is NaN or infinite, and none is skipped.
         """
         if self._num_left == 0:  # a loss that train() didn't ask for
-            return
+            return loss
         self._noted.append((loss.detach(), inputs))
         self._num_left -= 1
-        if self._num_left == 0:
-            self._check(step)
+        if self._num_left == 0 and self._is_bad(step):
+            return loss * math.nan
+        return loss
 
-    def _check(self, step: int) -> None:
+    def _is_bad(self, step: int) -> bool:
         is_bad = ~torch.isfinite(torch.stack([loss for loss, _ in self._noted]))
         any_bad = is_bad.any().int()
         worst = torch.stack([any_bad, torch.full_like(any_bad, self._stop.wanted)])
@@ -70,15 +79,16 @@ class FiniteCheck:
             dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         any_bad, self._stop.agreed = worst.tolist()
         if not any_bad:
-            return
+            return False
         sources = [self._sources(inputs) for bad, (_, inputs) in zip(is_bad, self._noted, strict=True) if bad]
         batches = [batch for of_rank in gather_in_training(sources) for batch in of_rank]
         names = list(dict.fromkeys(name for batch in batches for name in batch))
         listed = ", ".join(names[:MAX_NAMED]) + (f" and {len(names) - MAX_NAMED} more" if names[MAX_NAMED:] else "")
-        raise FloatingPointError(
-            f"the loss is NaN or infinite in step {step}. The rows of its batch: {listed}. Look at them, lower "
-            "--learning_rate, or train in bfloat16 or float32 instead of float16"
+        self._nonfinite.take_bad_loss(
+            f"the loss is NaN or infinite in step {step}. The rows of its batch: {listed}.",
+            "Look at them, lower --learning_rate, or train in bfloat16 or float32 instead of float16",
         )
+        return True
 
     def _sources(self, inputs: dict[str, Tensor]) -> list[str]:
         """Where the rows of a batch come from: the first rows of the dataset with the same tokens."""

@@ -6,6 +6,7 @@ which is known only when all its micro-batches have been computed.
 """
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -61,7 +62,7 @@ class Temperature:
         means, self._means = torch.cat(self._means), []
         means = accelerator.gather(accelerator.pad_across_processes(means, pad_index=torch.nan))
         median = float(torch.nanquantile(means, 0.5))
-        if median == median:  # not NaN, as when no row had a supervised token
+        if math.isfinite(median):  # not where no row had a supervised token, or their loss was not finite
             self.tau = max(median, LEAST)
 
     def save(self, checkpoint: Path) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
+from dft.files import dispensable
+
 CURVES_FILE = "training_curves.png"
 PANELS = {  # title: {label: key of the log records}
     "Cross-entropy (nats per token)": {"train": "ce_loss", "evaluation": "eval_ce_loss"},
@@ -56,11 +58,13 @@ def plot_curves(log_history: list[dict[str, Any]], path: Path) -> None:
         axis.grid(alpha=0.3)
         if len(keys) > 1 and axis.lines:
             axis.legend()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    # A figure and its parts refer to each other: 4 to 6 MB that stay until the collector of such circles runs, which
-    # it rarely does by itself in a training
-    gc.collect()
+    try:
+        figure.savefig(path, dpi=110)
+    finally:
+        plt.close(figure)
+        # A figure and its parts refer to each other: 4 to 6 MB that stay until the collector of such circles runs,
+        # which it rarely does by itself in a training
+        gc.collect()
 
 
 class Curves(TrainerCallback):
@@ -72,4 +76,5 @@ class Curves(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         """Draws the curves on rank 0."""
         if state.is_world_process_zero:
-            plot_curves(state.log_history, self.path)
+            with dispensable(self.path):
+                plot_curves(state.log_history, self.path)

@@ -16,6 +16,7 @@ from dft.data.names import file_labels
 from dft.printable import printable
 from dft.tracking.curves import final_weights_are_best, series
 
+CARD_FILE = "README.md"  # as the Hub shows it
 logger = logging.getLogger(__name__)
 
 EVALUATION_LIMIT = (
@@ -39,7 +40,7 @@ def write_card(about: dict[str, Any], report: dict[str, Any], args: TrainingArgu
         report: see dft.data.report.make_report.
         state: of the trainer at the end of training.
     """
-    path = Path(args.output_dir) / "README.md"
+    path = Path(args.output_dir) / CARD_FILE
     if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
         logger.warning("%s is not one that was written here: it is kept, and no model card is written", path)
         return

@@ -5,10 +5,11 @@ from typing import Any
 
 from transformers import Trainer
 
+from dft.files import dispensable
 from dft.model.adapters import share_trained
 from dft.tracking.console import summary
 from dft.tracking.curves import CURVES_FILE, final_weights_are_best, plot_curves
-from dft.tracking.model_card import write_card
+from dft.tracking.model_card import CARD_FILE, write_card
 
 
 def save_run(trainer: Trainer, metrics: dict[str, float]) -> None:
@@ -26,7 +27,9 @@ def save_run(trainer: Trainer, metrics: dict[str, float]) -> None:
         _save_metrics(trainer, "eval", _evaluation_of_final_weights(trainer))
     trainer.save_state()
     if args.process_index == 0:
-        (Path(args.output_dir) / "training_args.json").write_text(args.to_json_string() + "\n", encoding="utf-8")
+        path = Path(args.output_dir) / "training_args.json"
+        with dispensable(path):
+            path.write_text(args.to_json_string() + "\n", encoding="utf-8")
 
 
 def save_evaluation(trainer: Trainer) -> None:
@@ -59,6 +62,9 @@ def present_run(trainer: Trainer, about: dict[str, Any], report: dict[str, Any])
         report: see dft.data.report.make_report.
     """
     about = about | {"trained_parameters": share_trained(trainer.model)}
-    plot_curves(trainer.state.log_history, Path(trainer.args.output_dir) / CURVES_FILE)
-    write_card(about, report, trainer.args, trainer.state)
+    curves, card = (Path(trainer.args.output_dir) / name for name in (CURVES_FILE, CARD_FILE))
+    with dispensable(curves):
+        plot_curves(trainer.state.log_history, curves)
+    with dispensable(card):
+        write_card(about, report, trainer.args, trainer.state)
     print(summary(trainer))

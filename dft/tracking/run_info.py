@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainingArguments
 
 from dft.errors import UserError
+from dft.files import dispensable
 from dft.secrets import without_secrets
 
 if TYPE_CHECKING:
@@ -73,7 +74,9 @@ def _git_commit() -> str | None:
 
 def write_run(about: dict[str, Any], directory: Path) -> None:
     """Writes run.json to a directory; scripts/evaluate.py reads the settings of the training from it."""
-    (directory / "run.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path = directory / "run.json"
+    with dispensable(path):
+        path.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_run(model: Path) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from dft.files import dispensable
+
 
 class TrainLog(TrainerCallback):
     """Writes every log record to train_log.jsonl in the output directory: the step and the numbers logged at it."""
@@ -18,12 +20,13 @@ class TrainLog(TrainerCallback):
         """Starts the file anew on rank 0, with the records that a resumed run's checkpoint holds."""
         if state.is_world_process_zero:
             earlier = state.log_history if state.global_step else []
-            self.path.write_text("".join(map(self._line, earlier)), encoding="utf-8")
+            with dispensable(self.path):
+                self.path.write_text("".join(map(self._line, earlier)), encoding="utf-8")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Appends the record on rank 0; NaN and infinity become null."""
         if state.is_world_process_zero:
-            with open(self.path, "a", encoding="utf-8") as file:
+            with dispensable(self.path), open(self.path, "a", encoding="utf-8") as file:
                 file.write(self._line({**(logs or {}), "step": state.global_step}))
 
     @staticmethod

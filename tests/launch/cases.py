@@ -32,6 +32,7 @@ class Case:
         is_static_graph: DDP takes all steps to have the same graph.
         is_normalized_alone: a mutant, which averages the means of the micro-batches.
         is_evaluated_first: Trainer.evaluate is called before Trainer.train.
+        on_nonfinite: the gradient of the second process alone is made infinite, and this is to happen then.
     """
 
     engine: Engine
@@ -47,6 +48,7 @@ class Case:
     is_static_graph: bool = False
     is_normalized_alone: bool = False
     is_evaluated_first: bool = False
+    on_nonfinite: Literal["stop", "skip"] | None = None
 
 
 CASES: dict[str, Case] = {
@@ -97,4 +99,10 @@ CASES: dict[str, Case] = {
     "mutant, row by row": Case("ddp", rows=1, micro_batches=4, is_normalized_alone=True),
     "evaluated first": Case("ddp", rows=4, is_evaluated_first=True),
     "fsdp, evaluated first": Case("fsdp", rows=4, is_evaluated_first=True),
+    **{
+        f"{engine}, {what}": Case(engine, rows=2, micro_batches=2, on_nonfinite=what)
+        for engine in ("ddp", "zero2", "zero3", "fsdp")
+        for what in ("stop", "skip")
+    },
+    "zero3, offloaded, skip": Case("zero3", rows=2, micro_batches=2, on_nonfinite="skip", is_offloaded=True),
 }

@@ -4,7 +4,8 @@
     torchrun --nproc-per-node 2 tests/launch/invariance_worker.py OUT --case "ddp, half a batch"
 
 With plain SGD the change of the weights is the gradient. For every case rank 0 writes OUT/CASE.pt:
-{"gradient": [P] float32, "train": log record, "eval": log record}, or {"error": message} where it was refused.
+{"gradient": [P] float32, "train": log record, "eval": log record, "ends": the message of each rank that was ended by a
+gradient that isn't finite}, or {"error": message} where it was refused.
 """
 
 import argparse
@@ -27,11 +28,13 @@ from dft.batching.sampler import token_lengths
 from dft.batching.varlen_attention import register
 from dft.config.adapters import AdapterConfig
 from dft.config.training import DFTTrainingArguments
+from dft.distributed import gather_in_training
 from dft.loss.from_logits import count_terms
 from dft.model.adapters import quantization, with_adapters
 from dft.program import program, rank_and_world_size
 from dft_trainer import DFTTrainer
 from examples.make_tiny_model import make_model
+from tests.helpers import spoil_gradient
 from tests.launch.cases import CASES, Case, Engine, Head
 from tests.launch.worker_data import VOCAB_SIZE, small_tokenizer, uneven_rows
 
@@ -125,6 +128,7 @@ def arguments(case: Case, output_dir: Path) -> DFTTrainingArguments:
         activation_checkpointing=case.engine.startswith("zero3") or case.engine == "fsdp",
         train_sampling_strategy="sequential",
         sequence_parallel_size=case.sequence,
+        on_nonfinite=case.on_nonfinite or "stop",
     )
 
 
@@ -159,21 +163,27 @@ def one_step(case: Case, output_dir: Path) -> dict[str, Any]:
     weights = {n: p for n, p in model.named_parameters() if case.head != "4 bits" or p.requires_grad}
     before = torch.cat([p.detach().flatten().clone() for p in weights.values()])
     trainer = make_trainer(case, model, output_dir)
+    if case.on_nonfinite is not None and rank_and_world_size()[0] == 1:
+        spoil_gradient(model, lambda: True)
+    ended = ""
     try:
         if case.is_evaluated_first:
             trainer.evaluate()
         trainer.train()
+    except FloatingPointError as error:
+        ended = str(error)
     except RuntimeError as error:
         if not case.is_evaluated_first:
             raise
         return {"error": str(error)}
+    ends = gather_in_training(ended)
     assert isinstance(trainer.model, FSDPModule) == (case.engine == "fsdp")  # and not DDP in its place
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.args.process_index > 0:
         return {}
     after = torch.cat([state[name].flatten().cpu() for name in weights])
-    train, evaluation = (next(r for r in trainer.state.log_history if k in r) for k in ("ce_loss", "eval_loss"))
-    return {"gradient": (before - after) / LEARNING_RATE, "train": train, "eval": evaluation}
+    train, evaluation = (next((r for r in trainer.state.log_history if k in r), {}) for k in ("ce_loss", "eval_loss"))
+    return {"gradient": (before - after) / LEARNING_RATE, "train": train, "eval": evaluation, "ends": ends}
 
 
 def parse() -> argparse.Namespace:

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import FalconMambaConfig
 
-from tests.helpers import ROOT, TIMEOUT, Outcome, environment_of, run_programs, tiny_run
+from tests.helpers import FULL, ROOT, TIMEOUT, Outcome, environment_of, needs_full_disk, run_programs, tiny_run
 
 pytestmark = pytest.mark.launch
 
@@ -40,7 +40,19 @@ MISTAKES = {
 OTHERS = {
     "dry run": ["--dry_run", "True"],
     "loss that is not a number": ["--model_name_or_path", "MODELS/not-a-number"],
+    "full disk": [],
 }
+RECORDS = (
+    *(
+        "data_report.html",
+        "data_report.json",
+        "rejected.jsonl",
+        "run.json",
+        "train_distributed.log",
+        "train_log.jsonl",
+    ),
+    *("training_args.json", "training_curves.png"),
+)
 
 
 def make_broken_models(tiny_model: Path, directory: Path) -> None:
@@ -71,6 +83,9 @@ def output_dir(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def outcomes(models, tiny_model, chat_file, output_dir, tmp_path_factory) -> dict[str, Outcome]:
     """How the runs with a mistake end, and those of OTHERS."""
+    (output_dir / "full disk").mkdir()
+    for name in RECORDS:
+        (output_dir / "full disk" / name).symlink_to(FULL)
     commands = {}
     for name, flags in ({name: flags for name, (flags, _) in MISTAKES.items()} | OTHERS).items():
         words = ["train_dft.py", *tiny_run(tiny_model, chat_file, output_dir / name), *flags]
@@ -106,6 +121,18 @@ def test_a_loss_that_is_not_a_number_is_status_1_and_names_the_rows(outcomes, ch
     assert outcome.status == 1, outcome.output
     assert "FloatingPointError: the loss is NaN or infinite in step 1. The rows of its batch: " in outcome.output
     assert f"{chat_file}:" in outcome.output.split("The rows of its batch: ")[1]
+
+
+@needs_full_disk
+def test_records_that_cannot_be_written_are_warned_of_once_and_do_not_end_the_run(outcomes, output_dir):
+    outcome, out = outcomes["full disk"], output_dir / "full disk"
+    assert outcome.status == 0, outcome.output
+    warned = [line for line in outcome.output.splitlines() if "can't be written (No space left on device)" in line]
+    for name in RECORDS:
+        # copying nothing to a full disk succeeds, and no row was rejected
+        assert sum(f"{out / name} can't" in line for line in warned) == (name != "rejected.jsonl"), name
+    assert (out / "model.safetensors").stat().st_size > 0
+    assert "Traceback" not in outcome.output
 
 
 # ---- under launchers ----------------------------------------------------------------------------

@@ -145,3 +145,18 @@ def test_training_without_averaged_gradients_is_refused(result_of):
 
 def test_fsdp_shards_a_model_that_was_evaluated_first(result_of):
     assert_same(result_of("fsdp, evaluated first"), result_of("whole batch"))
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp"])
+def test_an_infinite_gradient_of_one_process_ends_all_before_the_update(result_of, engine):
+    result = result_of(f"{engine}, stop")
+    assert [end.partition(" is ")[0] for end in result["ends"]] == ["the norm of the gradient"] * 2
+    assert not result["gradient"].any()
+
+
+@pytest.mark.parametrize("name", ["ddp, skip", "zero2, skip", "zero3, skip", "fsdp, skip", "zero3, offloaded, skip"])
+def test_its_update_is_skipped_on_all_processes(result_of, name):
+    result = result_of(name)
+    assert result["ends"] == ["", ""]
+    assert not result["gradient"].any()
+    assert result["train"]["train/nonfinite_steps"] == 1

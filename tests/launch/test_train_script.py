@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from tests.helpers import ROOT, environment_of, run
+from tests.helpers import ROOT, environment_of, needs_full_disk, run
 
 pytestmark = pytest.mark.launch
 
@@ -77,6 +77,34 @@ def test_mistakes_in_variables_are_status_2(env, message, tmp_path):
     result = run(["bash", "scripts/train.sh"], LOG_DIR=str(tmp_path), **env)
     assert result.returncode == 2
     assert message in result.stdout
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Runs a shell command in which $TRAIN is train.sh, with a launcher that says much and ends with status 7."""
+    stub = tmp_path / "torchrun"
+    stub.write_text('#!/bin/sh\nsleep 0.5\nseq 30000\necho 7 > "$DFT_RUN_DIR/status"\nexit 7\n')
+    stub.chmod(0o755)
+    settings = {"LAUNCHER": "torchrun", "DS_CONFIG": "", "VIRTUAL_ENV": "none", "MASTER_PORT": "1234"}
+    settings |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TRAIN": "bash scripts/train.sh"}
+    return lambda command, **env: run(["bash", "-c", command], **settings, **env)
+
+
+@pytest.mark.parametrize("log", [pytest.param("/dev/full", marks=needs_full_disk), "/proc/none/train.log"])
+def test_a_log_file_that_cannot_be_written_does_not_change_the_status(script, log):
+    result = script("exec $TRAIN", LOG_FILE=log)
+    assert result.returncode == 7, result.stdout[-2000:]
+    assert (
+        result.stdout.count("can't be written (No s") == result.stdout.count(f"warning: {log} can't be written") == 1
+    )
+    assert result.stdout.splitlines()[-1] == "30000"
+
+
+def test_nor_does_a_reader_that_has_had_enough(script, tmp_path):
+    log = tmp_path / "train.log"
+    result = script("$TRAIN | head -n 1; exit ${PIPESTATUS[0]}", LOG_FILE=log)
+    assert result.returncode == 7, result.stdout[-2000:]
+    assert log.read_text().splitlines()[-1] == "30000"
 
 
 def test_a_device_of_minus_1_is_no_gpu(launched):
