@@ -151,15 +151,17 @@ DFT_RUN_DIR="$(mktemp -d)"
 export DFT_RUN_DIR
 deadline=$(( 1 << 60 ))
 pass_on() {  # a signal: to the ranks alone, if they can save first, because a launcher would kill them after 30 s
-    local ranks
+    local ranks signal="$1"
     ranks="$(cat "$DFT_RUN_DIR"/rank-* 2> /dev/null || true)"
+    if [[ -z "$ranks" && "$signal" == USR1 ]]; then signal=TERM; fi
     # shellcheck disable=SC2086  # several numbers
-    kill -s "$1" ${ranks:--- "-$run"} 2> /dev/null || true
+    kill -s "$signal" ${ranks:--- "-$run"} 2> /dev/null || true
     if (( deadline > SECONDS + STOP_SECONDS )); then deadline=$(( SECONDS + STOP_SECONDS )); fi
 }
 set -m
 # tee has to outlive the signals that the terminal or SLURM sends to all processes of this script
-"${command[@]}" > >(trap '' TERM INT HUP USR1; exec tee -a "$LOG_FILE") 2>&1 &
+# SLURM sends USR1 to the launcher too, which would end, and the ranks' store with it; the ranks do listen to it
+(trap '' USR1; exec "${command[@]}") > >(trap '' TERM INT HUP USR1; exec tee -a "$LOG_FILE") 2>&1 &
 run=$!
 set +m
 trap 'pass_on TERM' TERM HUP
