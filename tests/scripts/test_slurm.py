@@ -55,6 +55,13 @@ def test_what_is_set_stays_and_failures_are_told(project):
     assert done.returncode == 3
 
 
+def test_a_job_that_starts_again_goes_on_and_keeps_its_earlier_log(project):
+    (project / "out" / "checkpoint-4").mkdir(parents=True)
+    done = submitted(project, "--dft_alpha", "1", OUTPUT_DIR="out", SLURM_RESTART_COUNT="2")
+    words = "<--dft_alpha><1><--resume_from_checkpoint><last>"
+    assert f"LOG_FILE=logs/slurm_40123_2_node0.log\n{words}" in done.stdout
+
+
 def test_it_has_to_be_submitted_in_the_project(tmp_path):
     done = submitted(tmp_path)
     assert done.returncode == 2
