@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 
 import pytest
 
@@ -121,11 +122,19 @@ def test_variables_and_flags_reach_the_program(launched):
     assert "--deepspeed" not in launched(DS_CONFIG="", CUDA_VISIBLE_DEVICES="").split("train_dft.py")[1]
 
 
-RANK = """#!/bin/bash
-trap 'echo got USR1; echo 143 > "$DFT_RUN_DIR/status"; exit 1' USR1
-echo $$ > "$DFT_RUN_DIR/rank-0"
-echo ready
-while true; do sleep 0.1; done
+# a shell could not listen to a signal that is ignored when it starts
+RANK = f"""#!{sys.executable}
+import os, pathlib, signal, time
+directory = pathlib.Path(os.environ["DFT_RUN_DIR"])
+def stop(number, frame):
+    os.write(1, b"got USR1\\n")
+    (directory / "status").write_text("143")
+    os._exit(1)
+signal.signal(signal.SIGUSR1, stop)
+(directory / "rank-0").write_text(str(os.getpid()))
+os.write(1, b"ready\\n")
+while True:
+    time.sleep(0.1)
 """
 
 
