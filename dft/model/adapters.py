@@ -89,8 +89,8 @@ def quantization(settings: AdapterConfig, args: TrainingArguments, dtype: torch.
         bnb_4bit_quant_type=settings.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=settings.use_bnb_nested_quant,
         bnb_4bit_compute_dtype=torch.bfloat16 if args.bf16 else dtype,
-        # ZeRO-3 and FSDP cut up tensors of one type, and FSDP converts them to that in which the model computes
-        bnb_4bit_quant_storage=computed if args.fsdp else dtype,
+        # ZeRO-3 and FSDP cut up tensors of one type; DeepSpeed, too, converts them to that in which the model computes
+        bnb_4bit_quant_storage=computed if args.fsdp or args.deepspeed else dtype,
     )
     if is_deepspeed_zero3_enabled():
         return {"quantization_config": config}

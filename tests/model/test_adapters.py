@@ -202,10 +202,13 @@ def test_what_fsdp_cannot_shard_is_refused(tiny_model):
             check_shardable(copied)
 
 
-@pytest.mark.parametrize(("fsdp", "storage"), [(None, torch.float32), (True, torch.bfloat16)])
-def test_fsdp_gets_4_bits_in_the_type_that_it_converts_weights_to(fsdp, storage):
+@pytest.mark.parametrize(
+    ("engine", "storage"),
+    [({}, torch.float32), ({"fsdp": True}, torch.bfloat16), ({"deepspeed": "zero2.json"}, torch.bfloat16)],
+)
+def test_engines_get_4_bits_in_the_type_that_they_convert_weights_to(engine, storage):
     """Others would be rounded, and then be other weights."""
-    args = SimpleNamespace(bf16=True, fp16=False, fsdp=fsdp, device=torch.device("cpu"))
+    args = SimpleNamespace(**{"bf16": True, "fp16": False, "fsdp": None, "deepspeed": None} | engine, device="cpu")
     settings = AdapterConfig(use_peft=True, load_in_4bit=True)
     config = quantization(settings, args, torch.float32)["quantization_config"]
     assert config.bnb_4bit_quant_storage == storage
