@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dft.errors import UserError
+from dft.files import warn_of_loss
 from dft.printable import printable
 from dft.program import rank_and_world_size
 
@@ -51,11 +52,10 @@ class LogFileHandler(logging.FileHandler):
         if not isinstance(error, OSError):
             super().handleError(record)
             return
-        logger = logging.getLogger(ROOT_NAME)
-        logger.removeHandler(self)
+        logging.getLogger(ROOT_NAME).removeHandler(self)
         with suppress(OSError):  # of what it holds unwritten
             self.close()
-        logger.warning("%s can't be written (%s): the run goes on without it", self.baseFilename, error.strerror)
+        warn_of_loss(Path(self.baseFilename), error.strerror or str(error))
 
 
 def setup_logging(log_file: str | Path | None = None, only_rank_0: bool = True, debug: bool = False) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
+MARK = "result: "  # of a process, among what libraries print on the same line
 MAX_OTHERS = 0.05  # share of the machine that other programs may use while something is measured
 
 
@@ -44,6 +46,18 @@ def output_of(command: list[str], env: dict[str, str] | None = None) -> str:
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
     return done.stdout
+
+
+def tell(result: Any) -> None:
+    """Prints what a process of `results_of` has found."""
+    print(MARK + json.dumps(result), flush=True)
+
+
+def results_of(processes: int, worker: list[str], **env: str) -> list[Any]:
+    """What a worker has told on each of so many CPU processes, which torchrun starts."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    output = output_of([*command, *worker], os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | env)
+    return [json.loads(text) for text in re.findall(rf"{MARK}(\[.*?\])", output)]
 
 
 def run_measured(command: list[str], patience: float, tries: int) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import argparse
 import ctypes
 import gc
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from benchmarks.measuring import ROOT, facts, keep, markdown_table, output_of, surroundings
+from benchmarks.measuring import facts, keep, markdown_table, results_of, surroundings, tell
 from benchmarks.memory_estimate import MIB, SUPERVISED, config_of, trainer
 from dft.config.loss import CHUNK_MB
 from dft.model.activations import Computation, build_model, count_activations
@@ -40,9 +39,8 @@ ZERO: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 SIZES = ("15M", "45M")
 ROWS, LENGTH = 2, 512
-MARK = "result: "  # of a process, among what libraries print
 # releases go back to the system at once, so that resident memory follows the tensors
-ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "DS_ACCELERATOR": "cpu"}
 
 
 class Measure(TrainerCallback):
@@ -101,11 +99,9 @@ def estimated(engine: str, size: str) -> float:
 
 def measure(engine: str, size: str) -> dict[str, Any]:
     """MiB of a process, the greater of two."""
-    processes = "2" if ZERO[engine] else "1"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, __file__]
-    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
-    output = output_of([*command, "--engine", engine, "--size", size], environment)
-    rest, peak = (max(sizes) for sizes in zip(*map(json.loads, re.findall(rf"{MARK}(\[.*?\])", output)), strict=True))
+    processes = 2 if ZERO[engine] else 1
+    found = results_of(processes, [__file__, "--engine", engine, "--size", size], **ENVIRONMENT)
+    rest, peak = (max(sizes) for sizes in zip(*found, strict=True))
     expected = estimated(engine, size)
     return {"engine": engine, "size": size, "rest": rest / MIB, "peak": peak / MIB, "estimate": expected / MIB}
 
@@ -136,7 +132,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.engine is not None:
         found = train(args.engine, args.size)
-        print(MARK + json.dumps([found.rest, found.peak]), flush=True)
+        tell([found.rest, found.peak])
         return
     results = []
     for size in SIZES[:1] if args.quick else SIZES:

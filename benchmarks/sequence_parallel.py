@@ -12,8 +12,6 @@ last line is JSON.
 
 import argparse
 import json
-import os
-import re
 import resource
 import sys
 import tempfile
@@ -22,13 +20,12 @@ from typing import Any
 import psutil
 import torch
 
-from benchmarks.measuring import ROOT, facts, keep, markdown_table, output_of, surroundings
+from benchmarks.measuring import facts, keep, markdown_table, results_of, surroundings, tell
 from benchmarks.memory_estimate import MIB, config_of
 
 PACKAGES = ("torch", "transformers")
 LENGTHS = (1024, 2048, 4096)
 QUICK = (256, 1024)
-MARK = "result: "  # of a process, among what libraries print
 
 
 def train(length: int, size: int) -> tuple[float, float]:
@@ -76,9 +73,7 @@ def measure(length: int) -> dict[str, Any]:
     found: dict[str, Any] = {"length": length}
     for size in (1, 2):
         worker = [__file__, "--length", str(length), "--size", str(size)]
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *worker]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        results = [json.loads(text) for text in re.findall(rf"{MARK}(\[.*?\])", output_of(command, environment))]
+        results = results_of(2, worker)
         found[f"peak of {size}"] = max(peak for peak, _ in results) / MIB
         found[f"loss of {size}"] = results[0][1]
     return found
@@ -107,7 +102,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=1, help="with --length: --sequence_parallel_size")
     args = parser.parse_args()
     if args.length is not None:
-        print(MARK + json.dumps(train(args.length, args.size)), flush=True)
+        tell(train(args.length, args.size))
         return
     results = []
     for length in QUICK if args.quick else LENGTHS:

@@ -73,11 +73,12 @@ def dispensable(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        _warn_of_loss(path, error.strerror or str(error))
+        warn_of_loss(path, error.strerror or str(error))
 
 
 @cache
-def _warn_of_loss(path: Path, reason: str) -> None:
+def warn_of_loss(path: Path, reason: str) -> None:
+    """Says, once, that a file can't be written that tells of the run."""
     logger.warning("%s can't be written (%s): the run goes on without it", path, reason)
 
 

@@ -156,7 +156,7 @@ def serve(items: Iterable[str], measure: Callable[[str], dict[str, Any]]) -> Non
             result: dict[str, Any] | str = measure(item)
         except Skipped as reason:
             result = f"skipped: {reason}"
-        except Exception as error:
+        except Exception as error:  # whatever it is, it is the result of this item, and the next one is measured
             traceback.print_exc()
             result, is_lost = failure(error), "CUDA error" in str(error)
         print(MARK + json.dumps([item, finite(result)]), flush=True)

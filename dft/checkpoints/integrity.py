@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from dft.checkpoints.manifest import find_damage, read_manifests
-from dft.checkpoints.universal import LATEST, is_universal
+from dft.checkpoints.universal import latest_file, parts_folder
 from dft.errors import UserError
 from dft.pickles import UNREADABLE, read_metadata
 
@@ -76,9 +76,8 @@ def check_complete(checkpoint: Path) -> None:
         )
     missing = []
     if has_shards:
-        # DeepSpeed writes the name of the folder of its parts, or of whole parameters, to it
-        latest = checkpoint / (LATEST if is_universal(checkpoint) else "latest")
-        if not latest.is_file() or not (checkpoint / latest.read_text(errors="replace").strip()).is_dir():
+        latest = latest_file(checkpoint)
+        if not latest.is_file() or not parts_folder(checkpoint).is_dir():
             missing.append(latest.name)
     else:
         missing += [] if any(checkpoint.glob("scheduler.pt")) else ["scheduler.pt"]

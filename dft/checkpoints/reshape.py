@@ -18,15 +18,14 @@ import torch
 from torch import Tensor
 
 from dft.checkpoints.compare import RESHAPED, read_facts
-from dft.checkpoints.integrity import DEEPSPEED_PARTS, check_complete, check_whole
+from dft.checkpoints.integrity import DEEPSPEED_PARTS
 from dft.checkpoints.manifest import MANIFESTS, list_files
-from dft.checkpoints.resume import read_position
+from dft.checkpoints.resume import check_resumable
 from dft.checkpoints.staging import StagedSave, clear_leftovers
-from dft.checkpoints.universal import LATEST, OPTIMIZER_STATE, is_universal
+from dft.checkpoints.universal import LATEST, LATEST_OF_PARTS, OPTIMIZER_STATE, is_universal, parts_folder
 from dft.errors import UserError
 from dft.files import make_directory, take_directory
 from dft.parallel.agreement import versions
-from dft.pickles import check_checkpoint
 from dft.printable import printable
 
 PART = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
@@ -36,7 +35,7 @@ WEIGHTS = "fp32"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 FLAT = (WEIGHTS, *MOMENTS)  # what the optimizer holds of each parameter, all parameters in a row
 # in a checkpoint, but not for the result: the parts, what names them, and scripts of DeepSpeed's that join them
-REPLACED = (DEEPSPEED_PARTS, "latest", MANIFESTS, "zero_to_fp32.py", "zero_to_torch.py")
+REPLACED = (DEEPSPEED_PARTS, LATEST_OF_PARTS, MANIFESTS, "zero_to_fp32.py", "zero_to_torch.py")
 COMMON = ("loss_scaler", "dynamic_loss_scale", "overflow")  # what stages keep in common besides the parameters
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
@@ -124,13 +123,14 @@ def _check(checkpoint: Path) -> int:
             "many as have saved it"
         )
     try:
-        step, _ = read_position(checkpoint)
-        check_whole(checkpoint)
-        check_complete(checkpoint)
+        step, _ = check_resumable(checkpoint)
     except UserError as error:
         raise UserError(str(error).removeprefix("--resume_from_checkpoint ")) from error
-    check_checkpoint(checkpoint)
     return step
+
+
+def _unfit(checkpoint: Path, reason: str) -> UserError:
+    return UserError(f"{checkpoint} can't be reshaped: {reason}")
 
 
 def read_parts(checkpoint: Path) -> Parts:
@@ -139,21 +139,22 @@ def read_parts(checkpoint: Path) -> Parts:
     Raises:
         UserError: some are missing, or they hold what can't be reshaped.
     """
-    folder = checkpoint / (checkpoint / "latest").read_text(encoding="utf-8").strip()
+    folder = parts_folder(checkpoint)
     found = {path: match for path in folder.iterdir() if (match := PART.fullmatch(path.name))}
     paths = {int(match[1]): path for path, match in found.items()}
     model = next((_load(path) for name in MODEL_STATES if (path := folder / name).is_file()), {})
     has_joinable = paths and model.get("param_shapes", ()) is not None and len(paths) == len(found)
     if not has_joinable or (folder / "offloaded_tensors").exists():
-        raise UserError(
-            f"{checkpoint} can't be reshaped: only ZeRO-1, 2 and 3, without NVMe and tensor parallelism, keep their "
-            "optimizer in parts that can be joined"
+        raise _unfit(
+            checkpoint,
+            "only ZeRO-1, 2 and 3, without NVMe and tensor parallelism, keep their optimizer in parts that can be "
+            "joined",
         )
     missing = {*range(model["dp_world_size"])} - paths.keys() if "param_shapes" in model else {0}
     if missing:
-        raise UserError(
-            f"{checkpoint} can't be reshaped: parts of ranks {sorted(missing)} aren't there. Copy those of all nodes "
-            "into one directory"
+        raise _unfit(
+            checkpoint,
+            f"parts of ranks {sorted(missing)} aren't there. Copy those of all nodes into one directory",
         )
     states = [_load(paths[rank])["optimizer_state_dict"] for rank in range(model["dp_world_size"])]
     flat = [_flat_groups(checkpoint, state) for state in states]
@@ -177,9 +178,10 @@ def _flat_groups(checkpoint: Path, state: dict[str, Any]) -> list[dict[str, Any]
     groups = [{WEIGHTS: numbers, **moments.get(index, {})} for index, numbers in enumerate(weights)]
     for group in groups:
         if group.keys() != {*FLAT, "step"}:
-            raise UserError(
-                f"{checkpoint} can't be reshaped: its optimizer holds {', '.join(sorted(group))} of a parameter. Only "
-                f"Adam's {', '.join((*MOMENTS, 'step'))} can be"
+            raise _unfit(
+                checkpoint,
+                f"its optimizer holds {', '.join(sorted(group))} of a parameter. Only Adam's "
+                f"{', '.join((*MOMENTS, 'step'))} can be",
             )
     return groups
 
@@ -193,10 +195,10 @@ def _refuse_what_is_not_trained(checkpoint: Path, model: dict[str, Any]) -> None
     others = [name for name in model["module"] if name not in trained | model["shared_params"].keys()]
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-        raise UserError(
-            f"{checkpoint} can't be reshaped: DeepSpeed's universal checkpoints hold trained weights alone, and "
-            f"{others[0]}{more} isn't trained. Go on as it was saved, or begin a new run with "
-            f"--model_name_or_path {checkpoint}"
+        raise _unfit(
+            checkpoint,
+            f"DeepSpeed's universal checkpoints hold trained weights alone, and {others[0]}{more} isn't trained. Go "
+            f"on as it was saved, or begin a new run with --model_name_or_path {checkpoint}",
         )
 
 
@@ -232,7 +234,7 @@ def write_whole(parts: Parts, checkpoint: Path, name: str) -> None:
     zero = folder / "zero"
     for parameter, values in whole_parameters(parts):
         if Path(parameter).name != parameter:
-            raise UserError(f"{checkpoint} can't be reshaped: {printable(parameter)} is the name of no parameter")
+            raise _unfit(checkpoint, f"{printable(parameter)} is the name of no parameter")
         (zero / parameter).mkdir(parents=True)
         for key in FLAT:
             torch.save({"param": values[key]}, zero / parameter / f"{key}.pt")

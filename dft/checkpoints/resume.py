@@ -54,7 +54,7 @@ def _choose(wanted: str, args: TrainingArguments) -> tuple[Path, int, float]:
         position = read_position(path)
     else:
         path = Path(wanted)
-        position = _check(path)
+        position = check_resumable(path)
         newer = [other.name for other in list_checkpoints(path.parent) if step_of(other) > position[0]]
         if newer:
             logger.warning("%s isn't the newest: beside it is %s, which this run may replace", path, newer[0])
@@ -78,7 +78,7 @@ def find_newest(output_dir: Path) -> Path:
     reasons = {path: f"{path}: it has no {MANIFEST}" for path in found if not has_manifest(path)}
     for path in sorted(found, key=has_manifest, reverse=True):
         try:
-            _check(path)
+            check_resumable(path)
         except UserError as error:
             reasons[path] = str(error).removeprefix("--resume_from_checkpoint ").removesuffix(REMEDY)
             continue
@@ -90,8 +90,12 @@ def find_newest(output_dir: Path) -> Path:
     raise UserError(f"--resume_from_checkpoint: in {output_dir}, no run can go on from any checkpoint:\n{listed}")
 
 
-def _check(checkpoint: Path) -> tuple[int, float]:
-    """Checks that a run can go on from a checkpoint, and returns the step and the epoch that it was saved at."""
+def check_resumable(checkpoint: Path) -> tuple[int, float]:
+    """The step and the epoch that a checkpoint was saved at, from which a run can go on.
+
+    Raises:
+        UserError: it isn't whole, or would run code.
+    """
     position = read_position(checkpoint)
     check_whole(checkpoint)
     check_complete(checkpoint)

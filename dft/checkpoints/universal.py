@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch.optim import Optimizer
 
-LATEST = "latest_universal"  # DeepSpeed finds the folder of such a checkpoint by it, that of others by `latest`
+LATEST = "latest_universal"  # DeepSpeed finds the folder of such a checkpoint by it,
+LATEST_OF_PARTS = "latest"  # and that of others by this one
 OPTIMIZER_STATE = "zero/optimizer_state.pt"  # in that folder: what all parameters have in common
 
 
@@ -16,9 +17,14 @@ def is_universal(checkpoint: str | Path | None) -> bool:
     return checkpoint is not None and (Path(checkpoint) / LATEST).is_file()
 
 
-def universal_folder(checkpoint: Path) -> Path:
-    """The folder of whole parameters in such a checkpoint."""
-    return checkpoint / (checkpoint / LATEST).read_text(encoding="utf-8").strip()
+def latest_file(checkpoint: Path) -> Path:
+    """The file in a checkpoint of DeepSpeed's that names the folder of its parts, or of whole parameters."""
+    return checkpoint / (LATEST if is_universal(checkpoint) else LATEST_OF_PARTS)
+
+
+def parts_folder(checkpoint: Path) -> Path:
+    """The folder that this file names; it may not be there."""
+    return checkpoint / latest_file(checkpoint).read_text(encoding="utf-8", errors="replace").strip()
 
 
 @contextmanager
@@ -48,7 +54,7 @@ def complete_optimizer(optimizer: Optimizer, checkpoint: Path) -> None:
     norms, and one count of steps to all, which each of them then advances. The count is on the processor wherever the
     optimizer needs it.
     """
-    saved = torch.load(universal_folder(checkpoint) / OPTIMIZER_STATE, map_location="cpu", weights_only=False)
+    saved = torch.load(parts_folder(checkpoint) / OPTIMIZER_STATE, map_location="cpu", weights_only=False)
     for group, earlier in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         group.update({name: value for name, value in earlier.items() if name != "params"})
     on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)

@@ -141,8 +141,7 @@ class Heartbeat(TrainerCallback):
             return
         self._place = float(state.global_step)
         self._is_over = threading.Event()
-        watch = Watch(dist.get_world_size(), time.monotonic()) if local_rank() == 0 else None
-        self._watch = watch
+        watch = self._watch = Watch(dist.get_world_size(), time.monotonic()) if local_rank() == 0 else None
         store = dist.PrefixStore("heartbeat", _get_default_store().clone())  # a connection of its own
         threading.Thread(target=self._beat, args=(store, dist.get_rank(), watch, self._is_over), daemon=True).start()
         if watch is not None:  # in another thread, because the store may never answer

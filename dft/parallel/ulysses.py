@@ -148,6 +148,7 @@ class Part(Batch):
         return num_terms if self.start == 0 else torch.zeros_like(num_terms)
 
     def token_data(self, normalization: Normalization) -> TokenData:
+        """The batch's, for the N supervised tokens that this part predicts, each [N] or None."""
         data = self.whole.token_data(normalization)
         if data.loss_weight is None and data.reference_log_p is None:
             return data

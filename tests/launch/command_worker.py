@@ -32,7 +32,7 @@ def run_program(command: list[str]) -> int:
         runpy.run_path(command[0], run_name="__main__")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
+    except BaseException:  # which the interpreter would print, too, and end with 1
         traceback.print_exc()
         return 1
     return 0

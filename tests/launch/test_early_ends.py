@@ -43,15 +43,8 @@ OTHERS = {
     "full disk": [],
 }
 RECORDS = (
-    *(
-        "data_report.html",
-        "data_report.json",
-        "rejected.jsonl",
-        "run.json",
-        "train_distributed.log",
-        "train_log.jsonl",
-    ),
-    *("training_args.json", "training_curves.png"),
+    *("data_report.html", "data_report.json", "rejected.jsonl", "run.json", "train_distributed.log"),
+    *("train_log.jsonl", "training_args.json", "training_curves.png"),
 )
 
 

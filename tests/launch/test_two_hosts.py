@@ -76,6 +76,13 @@ def trained(hosts, tiny_model, chat_file, tmp_path_factory) -> Path:
     return directory
 
 
+def environments_of_ranks(*, has_one_host: bool) -> list[dict[str, str]]:
+    """What a launcher would give two ranks, on one host or on one each."""
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2" if has_one_host else "1", "MASTER_PORT": free_port()}
+    common["MASTER_ADDR"] = "127.0.0.1" if has_one_host else MASTER
+    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank if has_one_host else 0)} for rank in (0, 1)]
+
+
 @pytest.fixture(scope="module")
 def groups(hosts, trained, tiny_model, chat_file, tmp_path_factory) -> dict[str, list[SimpleNamespace]]:
     """How other runs of two ranks end, by name. Their outputs are in NAME/out0 and NAME/out1 of `trained`."""
@@ -107,22 +114,15 @@ def groups(hosts, trained, tiny_model, chat_file, tmp_path_factory) -> dict[str,
     }
     runs = {}
     for name, flags in commands.items():
-        has_one_host, port = name == "one host", free_port()
-        ranks = [
-            {
-                "namespace": None if has_one_host else hosts[rank],
-                "env": {
-                    **{"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": port},
-                    **{"LOCAL_RANK": str(rank * has_one_host), "LOCAL_WORLD_SIZE": str(1 + has_one_host)},
-                    "MASTER_ADDR": "127.0.0.1" if has_one_host else MASTER,
-                },
-                "command": [
-                    "train_dft.py",
-                    *map(str, tiny_run(tiny_model, chat_file, trained / name / f"out{rank}")),
-                    *map(str, (*FLAGS, *flags[rank])),
-                ],
-            }
+        environments = environments_of_ranks(has_one_host=name == "one host")
+        programs = [
+            ["train_dft.py", *tiny_run(tiny_model, chat_file, trained / name / f"out{rank}"), *FLAGS, *flags[rank]]
             for rank in (0, 1)
+        ]
+        namespaces = (None, None) if name == "one host" else hosts
+        ranks = [
+            {"namespace": namespace, "env": env, "command": [str(word) for word in program]}
+            for namespace, env, program in zip(namespaces, environments, programs, strict=True)
         ]
         runs[name] = {"ranks": ranks, "faults": faults.get(name, [])}
     worker = [sys.executable, "-m", "tests.launch.hosts_worker", directory]
