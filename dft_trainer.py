@@ -31,6 +31,7 @@ from dft.metrics.throughput import model_flops
 from dft.metrics.throughput import peak_tflops as known_peak_tflops
 from dft.metrics.token_sums import TokenSums, averages, channel_averages, health
 from dft.metrics.training import LogLastStepCallback, TrainingMetrics
+from dft.model.adapters import keep_products_exact
 from dft.model.compiled import compile_layers
 from dft.model.tokenizer import special_token_ids
 from dft.nonfinite import FiniteTrainer
@@ -123,6 +124,7 @@ class DFTTrainer(ShardedTrainer, CheckpointTrainer, ReferenceTrainer, FiniteTrai
         self._sequence = SequenceGroup(size, self.model.config) if size > 1 else None
         self.loss_config, self.metrics_config = loss, metrics
         self._refuse_what_changes_the_loss()
+        keep_products_exact(self.model)
         self._warn_if_loss_selects_best()
         if self.args.torch_compile:
             compile_layers(self.model, self.accelerator, self.args)

@@ -97,6 +97,17 @@ def quantization(settings: AdapterConfig, args: TrainingArguments, dtype: torch.
     return {"quantization_config": config, "device_map": {"": args.device}}
 
 
+def keep_products_exact(model: nn.Module) -> None:
+    """Has layers in 4 bits multiply in evaluation as in training.
+
+    On processors with AVX512-BF16, bitsandbytes repacks their weights at the first evaluation, for a product in
+    bfloat16 that all later steps use too, and that is wrong for weights which FSDP has cut up.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def with_adapters(model: PreTrainedModel, settings: AdapterConfig, seed: int) -> "PeftModel":
     """The model with adapters, which alone are trained, and which are all that it saves.
 

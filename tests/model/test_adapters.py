@@ -15,7 +15,7 @@ from dft.config.adapters import AdapterConfig
 from dft.config.model import ModelConfig
 from dft.errors import UserError
 from dft.model import adapters as adapters_module
-from dft.model.adapters import check_adapters, check_shardable, quantization, with_adapters
+from dft.model.adapters import check_adapters, check_shardable, keep_products_exact, quantization, with_adapters
 from scripts import export
 from tests.helpers import relative_error
 
@@ -125,13 +125,28 @@ def test_weights_in_few_bits_are_near_the_original(tiny_model, tmp_path, kind):
     arguments = quantization(settings, TrainingArguments(tmp_path, use_cpu=True), torch.float32)
     quantized = AutoModelForCausalLM.from_pretrained(tiny_model, **arguments)
     expected = AutoModelForCausalLM.from_pretrained(tiny_model)(IDS).logits
+    keep_products_exact(quantized)
     model = with_adapters(quantized, settings, seed=1)
     assert 1e-4 < relative_error(model.eval()(IDS).logits, expected) < 0.5
     moved = train(model)
     assert relative_error(moved, expected) > 1e-2
     model.save_pretrained(tmp_path / "adapter")
     again = AutoModelForCausalLM.from_pretrained(tiny_model, **arguments)
+    keep_products_exact(again)
     assert relative_error(PeftModel.from_pretrained(again, tmp_path / "adapter")(IDS).logits, moved) < 1e-5
+
+
+def test_an_evaluation_leaves_weights_in_4_bits_as_they_are(tiny_model, make_trainer, tmp_path, monkeypatch):
+    """On processors for which bitsandbytes would repack them, as this one then is taken for."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    settings = AdapterConfig(use_peft=True, load_in_4bit=True)
+    arguments = quantization(settings, TrainingArguments(tmp_path, use_cpu=True), torch.float32)
+    model = with_adapters(AutoModelForCausalLM.from_pretrained(tiny_model, **arguments), settings, seed=1)
+    trainer = make_trainer(model=model)
+    expected = model.train()(IDS).logits.detach()
+    with torch.no_grad():
+        assert torch.equal(trainer.model.eval()(IDS).logits, expected)
+    assert torch.equal(model.train()(IDS).logits.detach(), expected)
 
 
 # ---- mistakes -----------------------------------------------------------------------------------
