@@ -1,21 +1,17 @@
 """Read the rows of one file one after the other, in memory that doesn't grow with the file.
 
-JSON is cut into rows by json_rows.py and parsed by formats.py. `load_dataset("json")` is not used: it guesses
-one schema for a whole file and rewrites text to fit it.
+JSON is cut into rows by json_rows.py and parsed by formats.py; parquet_rows.py reads Parquet. `load_dataset("json")`
+is not used: it guesses one schema for a whole file and rewrites text to fit it.
 """
 
 from collections.abc import Iterator
 
-import pyarrow.parquet
-
 from dft.errors import UserError
 from dft.printable import printable
 from dft.reading.json_rows import json_rows
+from dft.reading.parquet_rows import parquet_rows
 from dft.reading.rows import RawRow
 from dft.reading.streams import DAMAGE_ERRORS
-
-PARQUET_ROWS = 256  # read at once
-PARQUET_BUFFER_BYTES = 1 << 20
 
 
 def read_rows(path: str) -> Iterator[RawRow]:
@@ -32,7 +28,7 @@ def read_rows(path: str) -> Iterator[RawRow]:
             head = file.read(4)
     except OSError as error:
         raise UserError(f"{printable(path)} can't be read: {error.strerror}") from error
-    rows = _parquet_rows(path) if path.endswith(".parquet") else json_rows(path, head)
+    rows = parquet_rows(path) if path.endswith(".parquet") else json_rows(path, head)
     line = 0
     try:
         for row in rows:
@@ -47,17 +43,3 @@ def read_rows(path: str) -> Iterator[RawRow]:
         return
     if line == 0:
         yield RawRow(1, "", reason="empty_file", detail="the file holds no row")
-
-
-def _parquet_rows(path: str) -> Iterator[RawRow]:
-    line = 0
-    # pre_buffer=True would hold whole row groups in memory
-    options = {"buffer_size": PARQUET_BUFFER_BYTES, "pre_buffer": False, "page_checksum_verification": True}
-    with pyarrow.parquet.ParquetFile(path, **options) as file:
-        names = file.schema_arrow.names
-        if len(set(names)) < len(names):
-            raise ValueError(f"two columns have the same name: {', '.join(names)}")
-        for batch in file.iter_batches(PARQUET_ROWS):
-            for value in batch.to_pylist():
-                line += 1
-                yield RawRow(line, "", value)

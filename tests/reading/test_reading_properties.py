@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 
 from dft.config.data import ROLES
-from dft.reading import raw_rows, text_window
+from dft.reading import parquet_rows, text_window
 from dft.reading.raw_rows import read_rows
 from dft.reading.rows import Conversation, RejectedRow
 from tests.reading.test_reading import MARK, read, write
@@ -247,7 +247,7 @@ def test_damage_to_a_compressed_file_raises_nothing(folder, values, style, chang
 def test_parquet_rows_are_read_in_batches_of_any_size(folder, values, batch):
     path = folder / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(values), path, row_group_size=2)
-    with mock.patch.object(raw_rows, "PARQUET_ROWS", batch):
+    with mock.patch.object(parquet_rows, "ROWS_AT_ONCE", batch):
         found = read(path)
     assert [(row.line, row.messages) for row in found] == [(i, row["messages"]) for i, row in enumerate(values, 1)]
 

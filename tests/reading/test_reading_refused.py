@@ -253,7 +253,9 @@ def test_a_bad_row_of_another_format_is_named(tmp_path, name):
 
 MANY = b"".join(line(chat(str(i))) + b"\n" for i in range(3000))
 PARQUET = pyarrow.BufferOutputStream()
-pyarrow.parquet.write_table(pyarrow.Table.from_pylist([chat(str(i)) for i in range(500)]), PARQUET, row_group_size=50)
+CHATS = pyarrow.Table.from_pylist([chat(str(i)) for i in range(500)])
+# only checksums tell damage inside the values of a page
+pyarrow.parquet.write_table(CHATS, PARQUET, row_group_size=50, write_page_checksum=True)
 PARQUET = PARQUET.getvalue().to_pybytes()
 WRAPPER = {"data": [chat("one")]}
 UNREADABLE, UNREAD = "unreadable_file", "rest_of_file_unread"
