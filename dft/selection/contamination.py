@@ -5,10 +5,11 @@ in lower case and without punctuation, that both hold. Where one of the two has 
 compared; an evaluation row of fewer than 8 can't be told from common speech, and is left out and counted. In scripts
 without spaces a character counts as a word.
 
-The score of a training row is the share of an evaluation row's different n-grams that it holds, of the evaluation row
-of which it holds most. An n-gram that more than `max_rows_per_ngram` training rows hold is taken for boilerplate (an
-instruction, a licence): it counts in the score, but doesn't flag a row by itself. An evaluation row that was copied
-often has such n-grams too, so a row that holds at least `copied_share` of it is dropped however common they are.
+The prompt (the user's messages) and the answer (the assistant's) of an evaluation row are compared one by one. The
+score of a training row is the share of different n-grams of such a part that it holds, of the part of which it holds
+most. An n-gram that more than `max_rows_per_ngram` training rows hold is taken for boilerplate (an instruction, a
+licence): it counts in the score, but doesn't flag a row by itself. A prompt that many training rows answer has such
+n-grams too, so a row that holds at least `copied_share` of a prompt is dropped however common they are.
 """
 
 import argparse
@@ -27,6 +28,8 @@ from dft.selection.method import KEPT, Command, Decide, Decision, Verdict
 from dft.selection.ngram_index import NgramIndex
 from dft.selection.shingles import Hashes, in_batches, shingles, text_of, tokenize
 
+PARTS = {"prompt": "user", "answer": "assistant"}  # of an evaluation row: whose messages
+
 
 @dataclass(frozen=True)
 class ContaminationConfig:
@@ -34,9 +37,9 @@ class ContaminationConfig:
 
     ngram: int = 13  # words
     short_ngram: int = 8  # words; where a row has fewer than `ngram`
-    min_overlap: float = 0.0  # share of an evaluation row's n-grams from which a row is dropped; 0: one n-gram
+    min_overlap: float = 0.0  # share of a prompt or an answer from which a row is dropped; 0: one n-gram
     max_rows_per_ngram: int = 10  # an n-gram of more training rows doesn't flag a row; GPT-3's number
-    copied_share: float = 0.8  # a row that holds as much of an evaluation row is dropped however common that is
+    copied_share: float = 0.8  # a row that holds as much of a prompt is dropped however common that is; 0: off
 
     def __post_init__(self):
         if not 1 <= self.short_ngram <= self.ngram <= 100:
@@ -47,8 +50,8 @@ class ContaminationConfig:
             raise UserError(f"--min_overlap is {self.min_overlap}: give a share from 0 to 1")
         if self.max_rows_per_ngram < 1:
             raise UserError(f"--max_rows_per_ngram is {self.max_rows_per_ngram}: give at least 1")
-        if not 0 < self.copied_share <= 1:
-            raise UserError(f"--copied_share is {self.copied_share}: give a share above 0 and at most 1")
+        if not 0 <= self.copied_share <= 1:
+            raise UserError(f"--copied_share is {self.copied_share}: give a share from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -57,22 +60,26 @@ class Match:
 
     row: int
     evaluation: int
-    score: float  # share of the evaluation row's n-grams
+    part: str  # of the evaluation row: prompt or answer
+    score: float  # share of that part's n-grams
     shared: int  # n-grams
     is_contaminated: bool  # False: the overlap is too small, or boilerplate
 
 
 @dataclass
 class Evaluation:
-    """The n-grams of the evaluation rows, in three indices: which one a row is looked up in depends on its length."""
+    """The n-grams of the parts of evaluation rows, in three indices: which one is used depends on the lengths.
+
+    Part i is that of the row i // 2, the prompt where i is even.
+    """
 
     config: ContaminationConfig
     places: list[tuple[str, int]] = field(default_factory=list)  # path and line of each row
-    too_short: int = 0  # rows that are not compared
+    too_short: int = 0  # rows of which no part is compared
 
     def __post_init__(self):
-        self.long, self.short = NgramIndex(), NgramIndex()  # n-grams of long rows, short n-grams of short rows
-        self.pieces = NgramIndex()  # short n-grams of long rows, for training rows that are short
+        self.long, self.short = NgramIndex(), NgramIndex()  # n-grams of long parts, short n-grams of short parts
+        self.pieces = NgramIndex()  # short n-grams of long parts, for training rows that are short
 
     def add(self, rows: Iterable[Conversation]) -> "Evaluation":
         """Takes in the rows, once."""
@@ -80,22 +87,23 @@ class Evaluation:
         def texts() -> Iterator[str]:
             for row in rows:
                 self.places.append((row.path, row.line))
-                yield text_of(row)
+                yield from (text_of(row, role) for role in PARTS.values())
 
-        first = 0
+        first, is_compared = 0, [np.zeros(0, dtype=bool)]
         for batch in in_batches(texts()):
             tokens = tokenize(batch)
             counts = np.diff(tokens.offsets)
             is_long, is_short = counts >= self.config.ngram, counts < self.config.ngram
             is_short &= counts >= self.config.short_ngram
-            self.too_short += len(counts) - int(is_long.sum() + is_short.sum())
+            is_compared.append(is_long | is_short)
             short_ngrams = shingles(tokens, self.config.short_ngram)
             self.long.add(shingles(tokens, self.config.ngram), first, is_long)
             self.short.add(short_ngrams, first, is_short)
             self.pieces.add(short_ngrams, first, is_long)
             first += len(batch)
         for index in (self.long, self.short, self.pieces):
-            index.build(len(self.places))
+            index.build(first)
+        self.too_short = int((~np.concatenate(is_compared).reshape(-1, len(PARTS)).any(axis=1)).sum())
         return self
 
 
@@ -150,15 +158,18 @@ def _held(index: NgramIndex, hashes: Hashes, wanted: np.ndarray) -> Iterator[tup
 def _best_match(
     row: int, index: NgramIndex, own: np.ndarray, is_rare: np.ndarray, config: ContaminationConfig
 ) -> Match:
-    """Of all evaluation rows that share n-grams with a row, the one that flags it, or that it holds most of."""
+    """Of all parts of evaluation rows that share n-grams with a row, one that flags it, or that it holds most of."""
     owners, lengths = index.owners_of(own)
-    rows, inverse, shared = np.unique(owners, return_inverse=True, return_counts=True)
-    has_rare = np.zeros(len(rows), dtype=bool)
-    has_rare[inverse[np.repeat(is_rare, lengths)]] = True
-    scores = shared / index.sizes[rows]
-    flags = (has_rare & (scores >= config.min_overlap)) | (scores >= max(config.copied_share, config.min_overlap))
-    best = np.lexsort((-rows, scores, flags))[-1]
-    return Match(row, int(rows[best]), float(scores[best]), int(shared[best]), bool(flags[best]))
+    parts, inverse, shared = np.unique(owners, return_inverse=True, return_counts=True)
+    counts = np.zeros(len(parts), dtype=bool)  # whether the n-grams of this part may flag a row
+    counts[inverse[np.repeat(is_rare, lengths)]] = True
+    scores = shared / index.sizes[parts]
+    if config.copied_share > 0:
+        counts |= (scores >= config.copied_share) & (parts % len(PARTS) == 0)
+    flags = counts & (scores >= config.min_overlap)
+    best = np.lexsort((-parts, scores, flags))[-1]
+    evaluation, part = divmod(int(parts[best]), len(PARTS))
+    return Match(row, evaluation, list(PARTS)[part], float(scores[best]), int(shared[best]), bool(flags[best]))
 
 
 def _rank(match: Match) -> tuple[bool, float, int]:
@@ -205,9 +216,8 @@ def _decision(num_rows: int, matches: list[Match], evaluation: Evaluation) -> De
         verdicts[match.row] = Verdict(score=match.score)
         if match.is_contaminated:
             path, line = evaluation.places[match.evaluation]
-            detail = (
-                f"{match.shared} n-grams, {match.score:.0%} of those of the evaluation row {printable(path)}:{line}"
-            )
+            place = f"the {match.part} of the evaluation row {printable(path)}:{line}"
+            detail = f"{match.shared} n-grams, {match.score:.0%} of those of {place}"
             verdicts[match.row] = Verdict("contaminated", detail, match.score)
             found.setdefault(match.evaluation, []).append(match)
     table = []
@@ -223,7 +233,7 @@ def _decision(num_rows: int, matches: list[Match], evaluation: Evaluation) -> De
     }
     return Decision(
         verdicts,
-        {"Share of an evaluation row, of the rows that share an n-gram with one": scores},
+        {"Share of an evaluation row's prompt or answer, where an n-gram is shared": scores},
         {"evaluation_rows_found.jsonl": table},
         facts,
         _notes(facts),
@@ -254,14 +264,14 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--short_ngram", type=int, default=default.short_ngram,
         help=f"words, where a row has fewer than --ngram; by default {default.short_ngram}",
     )  # fmt: skip
-    add("--min_overlap", type=float, default=default.min_overlap, help="share of an evaluation row; by default 0")
+    add("--min_overlap", type=float, default=default.min_overlap, help="share of a prompt or an answer; by default 0")
     add(
         "--max_rows_per_ngram", type=int, default=default.max_rows_per_ngram,
         help=f"training rows; a more common n-gram flags no row; by default {default.max_rows_per_ngram}",
     )  # fmt: skip
     add(
         "--copied_share", type=float, default=default.copied_share,
-        help=f"share of an evaluation row that flags in any case; by default {default.copied_share}",
+        help=f"share of a prompt that flags a row in any case, 0 for none; by default {default.copied_share}",
     )  # fmt: skip
 
 

@@ -212,11 +212,10 @@ def _decision(clusters: list[Cluster], places: list[tuple[str, int]]) -> Decisio
         table.append({"size": len(members) + 1, "kept": {"path": path, "line": line}, "members": members})
     table.sort(key=lambda item: -item["size"])
     dropped = sum(len(cluster.members) for cluster in clusters)
-    note = f"{len(clusters):,} clusters of near-duplicates, of which {dropped:,} rows are dropped; see clusters.jsonl."
+    note = f"{len(clusters):,} clusters of near-duplicates, {dropped:,} rows of them are dropped; see clusters.jsonl."
     facts = {"clusters": len(clusters), "largest_cluster": max((item["size"] for item in table), default=0)}
-    return Decision(
-        verdicts, {"Estimated similarity of dropped rows": scores}, {"clusters.jsonl": table}, facts, [note]
-    )
+    title = "Estimated similarity of the rows that are dropped"
+    return Decision(verdicts, {title: scores}, {"clusters.jsonl": table}, facts, [note])
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
