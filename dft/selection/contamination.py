@@ -283,7 +283,16 @@ def _method(args: argparse.Namespace) -> Decide:
     both = {file.real_path for file in files} & {file.real_path for file in find_inputs(args.data_files)}
     if both:
         raise UserError(f"--eval_data_files names {printable(min(both))}, which --data_files names too")
-    return contamination(config, read_inputs(files, args.data_format, role_map_of(args.role_map)))
+    method = contamination(config, read_inputs(files, args.data_format, role_map_of(args.role_map)))
+
+    def decide(rows: Iterator[Conversation]) -> Decision:
+        decision = method(rows)
+        broken = sum(len(file.dropped) for file in files)
+        if broken:
+            decision.notes.append(f"{broken:,} rows of --eval_data_files are malformed or have no answer.")
+        return decision
+
+    return decide
 
 
 COMMAND = Command("contamination", "drop rows that hold parts of evaluation rows", __doc__, _add_arguments, _method)

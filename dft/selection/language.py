@@ -30,7 +30,7 @@ def check_languages(languages: tuple[str, ...]) -> None:
     Raises:
         UserError: one isn't known, or py3langid isn't installed.
     """
-    known = sorted(_identifier().nb_classes)
+    known = sorted(set(_identifier().nb_classes))
     unknown = [code for code in languages if code not in known]
     if unknown:
         raise UserError(f"--languages {unknown[0]}: not a code that is known, give some of {', '.join(known)}")

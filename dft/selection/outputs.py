@@ -29,6 +29,9 @@ def check_output(path: Path, files: list[InputFile], overwrite: bool) -> None:
     inside = [file.path for file in files if Path(file.real_path).is_relative_to(os.path.realpath(path))]
     if inside:
         raise UserError(f"{flag} holds {printable(inside[0])}, which is read: give another directory")
+    parent = next(directory for directory in path.absolute().parents if directory.exists())
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"{flag} can't be written: {printable(parent)} allows no new files")
     if not path.exists():
         return
     if not path.is_dir():
