@@ -1,11 +1,12 @@
 """How fast scripts/select_data.py finds near-duplicates and contaminated rows, and how many of those planted it finds.
 
-    python benchmarks/select_text.py [--quick] [--keep]
+    python benchmarks/select_text.py            # writes benchmarks/results/select_text.md and .json
+    python benchmarks/select_text.py --quick    # few rows, under 2 minutes, writes nothing
 
 Rows are random words with the frequencies of a language, of 220 words (about 300 tokens) and of 60. A tenth of them is
 there twice, the second time with 5 edits in a hundred words: substitutions, insertions, deletions. Peers, on the same
 shingles: MinHash and LSH of datasketch, if it is installed, and of rensa without our hashing of words. Speeds are of
-one core, from rows in memory. --quick takes less than 2 minutes; --keep writes the results to benchmarks/results.
+one core, from rows in memory.
 """
 
 import argparse
@@ -179,8 +180,7 @@ def contamination_result(num_rows: int, num_words: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few rows; less than 2 minutes")
-    parser.add_argument("--keep", action="store_true", help="write benchmarks/results/select_text.md and .json")
+    parser.add_argument("--quick", action="store_true", help="few rows; writes nothing")
     args = parser.parse_args()
     num_rows, peer_rows = (10_000, 1_000) if args.quick else (100_000, 10_000)
     near_duplicates([as_row(Words(2).draw(50), 0)])  # tables that are made once
@@ -206,7 +206,7 @@ def main() -> None:
         for name, result in results.items()
         if name.split()[0] in ("rensa", "datasketch")
     }
-    if args.keep:
+    if not args.quick:
         keep("select_text", text, {"results": results, "microseconds": steps, **about})
     print(json.dumps(ratios))
 

@@ -125,13 +125,13 @@ def find_matches(texts: Iterable[str], evaluation: Evaluation) -> list[Match]:
         tokens = tokenize(batch)
         counts = np.diff(tokens.offsets)
         is_long, is_compared = counts >= config.ngram, counts >= config.short_ngram
-        ngrams, short_ngrams = shingles(tokens, config.ngram), shingles(tokens, config.short_ngram)
-        for index, hashes, wanted in (
-            (evaluation.long, ngrams, is_long),
-            (evaluation.short, short_ngrams, is_compared),
-            (evaluation.pieces, short_ngrams, is_compared & ~is_long),
+        for index, size, wanted in (
+            (evaluation.long, config.ngram, is_long),
+            (evaluation.short, config.short_ngram, is_compared),
+            (evaluation.pieces, config.short_ngram, is_compared & ~is_long),
         ):
-            found += [(first + row, index, own) for row, own in _held(index, hashes, wanted)]
+            if wanted.any() and not index.is_empty:
+                found += [(first + row, index, own) for row, own in _held(index, shingles(tokens, size), wanted)]
         first += len(batch)
     rows_of = {id(index): Counter() for index in (evaluation.long, evaluation.short, evaluation.pieces)}
     for _, index, own in found:

@@ -9,10 +9,12 @@ class NgramIndex:
     """The n-grams of rows: add them in batches, then build, then find.
 
     Attributes:
+        is_empty: whether it holds no n-gram, once it is built.
         sizes: int64 [R], the different n-grams of each row; 0 for rows that are not in the index.
     """
 
     def __init__(self) -> None:
+        self.is_empty = True
         self.sizes = np.zeros(0, dtype=np.int64)
         self._hashes: list[np.ndarray] = []
         self._owners: list[np.ndarray] = []
@@ -42,13 +44,20 @@ class NgramIndex:
         self._starts = np.append(self._starts, len(hashes))
         self.sizes = np.bincount(self._all_owners, minlength=num_rows)
         self._hashes, self._owners = [], []
+        self.is_empty = len(self._unique) == 0
+        bits = min(max(len(self._unique) * 16, 1).bit_length(), 28)
+        self._shift = np.uint64(64 - bits)
+        self._starts_held = np.zeros(1 << bits, dtype=bool)  # most hashes are not in the index: rules these out
+        self._starts_held[self._unique >> self._shift] = True
 
     def find(self, values: np.ndarray) -> np.ndarray:
         """The place of each hash among the different n-grams, int64 [N]; -1 where the index doesn't hold it."""
-        if len(self._unique) == 0:
-            return np.full(len(values), -1)
-        places = np.minimum(np.searchsorted(self._unique, values), len(self._unique) - 1)
-        return np.where(self._unique[places] == values, places, -1)
+        found = np.full(len(values), -1)
+        maybe = np.flatnonzero(self._starts_held[values >> self._shift])
+        if len(maybe):
+            places = np.minimum(np.searchsorted(self._unique, values[maybe]), len(self._unique) - 1)
+            found[maybe] = np.where(self._unique[places] == values[maybe], places, -1)
+        return found
 
     def owners_of(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The rows of some n-grams, one n-gram after the other, and how many each has."""
