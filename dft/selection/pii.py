@@ -9,8 +9,9 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-LITERAL = re.compile(r'"(?:[^"\\]|\\.)*+"(\s*:)?')  # a string of JSON; with the colon if it is a key
+LITERAL = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"(\s*:)?')  # a string of JSON; with the colon if it is a key
 SEPARATORS = re.compile(r"[ -]")
+DIGITS = tuple("0123456789")
 
 PRIVATE_KEY = re.compile(
     r"-----BEGIN (?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----.*?(?:-----END [A-Z0-9 ]{1,40}-----|\Z)", re.DOTALL
@@ -79,6 +80,13 @@ def _whole(is_valid: Callable[[str], bool]) -> Callable[[str], str]:
     return lambda text: text if is_valid(text) else ""
 
 
+# Of which a text of that kind has one: most texts have none, and are then not searched
+MARKS: dict[str, tuple[str, ...]] = {
+    "private_key": ("PRIVATE KEY",),
+    "api_key": ("sk-", "hf_", "gh", "glpat-", "AKIA", "ASIA", "AIza", "xox", "k_live_", "eyJ"),
+    "mail": ("@",),
+    **dict.fromkeys(("iban", "card", "phone"), DIGITS),
+}
 # kind -> pattern, and the beginning of a match that is of this kind, "" for none; in the order they are looked for
 KINDS: dict[str, tuple[re.Pattern[str], Callable[[str], str]]] = {
     "private_key": (PRIVATE_KEY, _whole(lambda _: True)),
@@ -94,6 +102,8 @@ def mask_text(text: str) -> tuple[str, Counter[str]]:
     """A text with what is found replaced by its kind, such as [MAIL], and {kind: how many}."""
     found: Counter[str] = Counter()
     for kind, (pattern, part) in KINDS.items():
+        if not any(mark in text for mark in MARKS[kind]):
+            continue
 
         def replace(match: re.Match[str], kind: str = kind, part: Callable[[str], str] = part) -> str:
             own = part(match[0])

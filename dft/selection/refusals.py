@@ -42,8 +42,10 @@ CHINESE = re.compile(
 
 def refusal(answer: str) -> str | None:
     """The words by which an answer begins as a refusal; None if it doesn't. Its reasoning is left out."""
-    start = THOUGHT.sub("", answer, count=1) if answer.lstrip().startswith("<think>") else answer
-    start = LEADING.sub("", start[: MAX_START * 2], count=1) if LEADING.match(start) else start
+    thought = THOUGHT.match(answer)
+    start = answer[thought.end() :] if thought else answer
+    leading = LEADING.match(start)
+    start = start[leading.end() :] if leading else start
     start = start[:MAX_START].replace("’", "'").replace("*", "")
     match = ENGLISH.match(start) or CHINESE.match(start)
     return match[0] if match else None
