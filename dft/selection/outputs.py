@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dft.data.names import numbered, shortest_endings
 from dft.errors import UserError
+from dft.files import new_directory
 from dft.printable import printable
 from dft.reading.walk import SUFFIXES
 from dft.selection.inputs import InputFile
@@ -67,32 +68,22 @@ def published(path: Path) -> Iterator[Path]:
         UserError: it can't be written.
     """
     place = Path(os.path.realpath(path))
-    staged = None
+    room = None  # a directory beside the place, on the same file system
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        staged = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".unfinished", dir=place.parent))
-        yield staged
+        room = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".unfinished", dir=place.parent))
+        new_directory(room / "new")
+        yield room / "new"
         if place.exists():
-            replaced = staged / "replaced"
-            os.rename(place, replaced)
-            _swap(staged, replaced, place)
-        else:
-            os.rename(staged, place)
+            os.rename(place, room / "replaced")
+        os.rename(room / "new", place)
     except OSError as error:
         raise UserError(f"--output {printable(path)} can't be written: {error.strerror or error}") from error
     finally:
-        if staged is not None:
-            shutil.rmtree(staged, ignore_errors=True)
-
-
-def _swap(staged: Path, replaced: Path, place: Path) -> None:
-    """Publishes a directory that holds the one which it replaces; if that fails, the latter comes back."""
-    try:
-        os.rename(staged, place)
-    except OSError:
-        os.rename(replaced, place)
-        raise
-    shutil.rmtree(place / replaced.name)
+        if room is not None:
+            if not place.exists() and (room / "replaced").exists():
+                os.rename(room / "replaced", place)  # stopped between the two renames
+            shutil.rmtree(room, ignore_errors=True)
 
 
 def output_names(paths: list[str]) -> list[str]:

@@ -76,6 +76,15 @@ def test_a_prompt_that_many_rows_answer_is_found():
     assert contaminated_rows(rows, evaluation, ContaminationConfig(copied_share=0)) == []
 
 
+def test_an_answer_that_is_all_boilerplate_is_not_a_copied_prompt():
+    writer = Writer(7)
+    boilerplate = " ".join(writer.words(20))
+    evaluation = [conversation(text, boilerplate) for text in texts(writer, 60, 60)]
+    rows = [conversation(text, boilerplate) for text in texts(writer, *[60] * 30)]
+    assert contaminated_rows(rows, evaluation) == []
+    assert len(contaminated_rows(rows[:5], evaluation)) == 5
+
+
 def test_short_rows_are_compared_by_eight_words():
     writer = Writer(5)
     short, long = texts(writer, 9, 50)

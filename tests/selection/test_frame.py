@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from data_utils import load_conversations
 from dft.errors import UserError
 from dft.reading.rows import Conversation
+from dft.selection.inputs import find_inputs, read_inputs
 from dft.selection.outputs import output_names
 from scripts.select_data import main
 from tests.helpers import ROOT, write_jsonl
@@ -194,6 +196,30 @@ def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
         select(data, output, "--overwrite")
     assert (output / "selection_report.json").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "rows.jsonl"]
+
+
+def test_the_earlier_selection_comes_back_if_the_new_one_cannot_be_published(tmp_path, monkeypatch):
+    data = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    output = select(data, tmp_path / "out")
+    before = (output / "selection_report.json").read_bytes()
+    rename = os.rename
+
+    def fail(source, target):
+        if Path(source).name == "new":
+            raise OSError(28, "No space left on device")
+        rename(source, target)
+
+    monkeypatch.setattr("os.rename", fail)
+    with pytest.raises(UserError, match="can't be written: No space left on device"):
+        select(data, output, "--overwrite", "--min_characters", "20")
+    assert (output / "selection_report.json").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "rows.jsonl"]
+
+
+def test_the_progress_bar_ends_at_the_size_of_the_files(tmp_path, capsys):
+    files = find_inputs([str(write_jsonl(tmp_path / "rows.jsonl", ROWS)), str(write_as("rows.jsonl.gz", tmp_path))])
+    assert len(list(read_inputs(files, "auto", {}, progress=True))) == 2 * len(ROWS)
+    assert "Reading: 100%" in capsys.readouterr().err
 
 
 def test_files_without_a_valid_row_are_refused(tmp_path):
