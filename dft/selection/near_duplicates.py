@@ -2,14 +2,15 @@
 
 Rows are compared as sets of shingles (runs of words) by their Jaccard similarity J = |A ∩ B| / |A ∪ B|. A. Broder's
 MinHash (On the resemblance and containment of documents, 1997) estimates it: the share of num_perm random orders in
-which both sets have the same smallest element. Its standard deviation is at most √(J(1 − J) / num_perm), 0.043 at
-J = 0.6. Bands of these minima, hashed, find candidates without comparing all pairs (locality-sensitive hashing); a row
-is dropped only if the estimate from all minima reaches the threshold.
+which both sets have the same smallest element. Its standard deviation is at most √(J(1 − J) / num_perm), 0.042 at
+J = 0.65. Bands of these minima, hashed, find candidates without comparing all pairs (locality-sensitive hashing); a
+row is dropped only if the estimate from all minima reaches the threshold.
 
 The defaults: with e edits in each word, a shingle of k words is unchanged with probability s = (1 − e)^k, and then
-J = s / (2 − s). 5 edits in 100 words leave J = 0.75 of shingles of 3 words and 0.63 of those of 5. The estimate
-scatters by 0.04, and rows of few words by more, so a threshold of 0.6 with shingles of 3 words finds nearly all of
-these; it is what about 9 edits in 100 words leave. Unrelated rows of one language share a few percent.
+J = s / (2 − s). 5 edits in 100 words leave J = 0.75 of shingles of 3 words and 0.63 of those of 5 (a bit more where
+words are inserted, which breaks fewer shingles). The estimate scatters by 0.04, and rows of few words by more, so a
+threshold of 0.65 with shingles of 3 words finds nearly all of these; it is what about 8 edits in 100 words leave.
+Unrelated rows of one language share a few percent.
 """
 
 import argparse
@@ -36,7 +37,7 @@ MAX_SHINGLE, MAX_PERM = 100, 4096
 class NearDedupConfig:
     """Settings of near-dedup."""
 
-    threshold: float = 0.6  # estimated Jaccard similarity from which two rows are near-duplicates
+    threshold: float = 0.65  # estimated Jaccard similarity from which two rows are near-duplicates
     shingle: int = 3  # words, or characters of a script without spaces
     num_perm: int = 128  # minima of a row, 4 bytes each
     part: str = "all"  # what is compared: all messages but the system's, or those of one role
