@@ -2,9 +2,9 @@
 
 A collective says nothing while it waits, and fails only after --ddp_timeout. So a thread of each rank writes, every
 few seconds, into the store in which the ranks met: a count, and how far its training has come. The first rank of each
-node reads those of all ranks, and logs an error that names the ones which the others wait for. It ends nothing: that
-is left to the collectives. One that fails because a peer has gone says only that a connection was closed; the beats
-tell which rank it was.
+node reads those of all ranks, and logs an error that names the ones which the others wait for; the second does so for
+the first. It ends nothing: that is left to the collectives. One that fails because a peer has gone says only that a
+connection was closed; the beats tell which rank it was.
 """
 
 import logging
@@ -60,14 +60,21 @@ class Watch:
     Args:
         num_ranks: of the training.
         now: seconds, of a clock that doesn't go back; so are all later times.
+        only: the one rank that is named; None for all.
     """
 
-    def __init__(self, num_ranks: int, now: float):
+    def __init__(self, num_ranks: int, now: float, only: int | None = None):
+        self.only = only
+        self._is_closed = False
         self._beats: dict[int, Beat] = {}
         self._heard = dict.fromkeys(range(num_ranks), now)  # when each rank was last heard of
         self._progress = now  # when a rank last came further
         self._looked = self._answered = now
-        self._said: set[str] = set()
+        self._said: set[tuple[str, int]] = set()
+
+    def close(self) -> None:
+        """Takes in that the connection to the store, which rank 0 holds, was closed from there."""
+        self._is_closed = True
 
     def hear(self, beats: Mapping[int, Beat], now: float) -> None:
         """Takes in the beats of all ranks that have written one."""
@@ -86,26 +93,30 @@ class Watch:
             self._heard = dict.fromkeys(self._heard, now)
             self._progress = self._answered = now
         self._looked = now
-        found = self._find(now)
+        found = {key: text for key, text in self._find(now).items() if self.only in (None, key[1])}
         new = [text for key, text in found.items() if key not in self._said]
         self._said = set(found)
         return new
 
     def gone_since(self, then: float) -> list[str]:
         """Names of the ranks without a beat after a time; only rank 0, where the store was, if nothing can be read."""
-        if self._answered < then:
-            return [self._name(0)]
-        return [self._name(rank) for rank, heard in self._heard.items() if heard < then]
+        is_first_gone = self._is_closed or self._answered < then
+        gone = [0] if is_first_gone else [rank for rank, heard in self._heard.items() if heard < then]
+        return [self._name(rank) for rank in gone if self.only in (None, rank)]
 
-    def _find(self, now: float) -> dict[str, str]:
-        """What is wrong now: {what, without a number that changes: the sentence}."""
+    def _find(self, now: float) -> dict[tuple[str, int], str]:
+        """What is wrong now: {what it is, and of which rank: the sentence}."""
+        first = self._name(0)
+        if self._is_closed:
+            reason = "The reason is in the output of that process; if there is none, it was killed"
+            return {("closed", 0): f"{first} has ended, or its node is cut off. {reason}, perhaps for want of memory"}
         if now - self._answered > SILENT_SECONDS:
             seconds = now - self._answered
-            return {"store": f"{self._name(0)} has not answered for {seconds:.0f} s: it hangs, or its node is cut off"}
+            return {("store", 0): f"{first} has not answered for {seconds:.0f} s: it hangs, or its node is cut off"}
         silent = [rank for rank, heard in self._heard.items() if now - heard > SILENT_SECONDS]
         if silent:
             return {
-                f"silent {rank}": f"{self._name(rank)} has not been heard of for {now - self._heard[rank]:.0f} s: "
+                ("silent", rank): f"{self._name(rank)} has not been heard of for {now - self._heard[rank]:.0f} s: "
                 "it was killed or stopped, or its node is cut off"
                 for rank in silent
             }
@@ -116,7 +127,7 @@ class Watch:
         if first == last:
             return {}
         return {
-            f"behind {rank}": f"{self._name(rank)} is behind in step {int(last) + 1}, and the others have waited for "
+            ("behind", rank): f"{self._name(rank)} is behind in step {int(last) + 1}, and the others have waited for "
             f"{now - self._progress:.0f} s: it hangs outside of a collective, as in reading data"
             for rank, place in places.items()
             if place == last
@@ -136,12 +147,15 @@ class Heartbeat(TrainerCallback):
         self._watch: Watch | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Starts the threads: one that beats and, on the first rank of a node, one that tells."""
+        """Starts the threads: one that beats and, on the first two ranks of a node, one that tells."""
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return
         self._place = float(state.global_step)
         self._is_over = threading.Event()
-        watch = self._watch = Watch(dist.get_world_size(), time.monotonic()) if local_rank() == 0 else None
+        watch = self._watch = None
+        if local_rank() <= 1:
+            only = dist.get_rank() - 1 if local_rank() == 1 else None
+            watch = self._watch = Watch(dist.get_world_size(), time.monotonic(), only)
         store = dist.PrefixStore("heartbeat", _get_default_store().clone())  # a connection of its own
         threading.Thread(target=self._beat, args=(store, dist.get_rank(), watch, self._is_over), daemon=True).start()
         if watch is not None:  # in another thread, because the store may never answer
@@ -165,21 +179,21 @@ class Heartbeat(TrainerCallback):
         """Around a training: a collective that fails because a rank has gone raises the name of that rank.
 
         Raises:
-            RankLost: in place of such an error, on the first rank of each node; the others wait for the launcher to
-                end them with it.
+            RankLost: in place of such an error, on the first rank of each node, or on the second if it is the first
+                that has gone; the others wait for the launcher to end them with it.
         """
         try:
             yield
         except RuntimeError as error:
             if not is_of_connection(error):
                 raise
-            if self._watch is None:
-                time.sleep(4 * INTERVAL_SECONDS + OTHERS_WAIT_SECONDS)
-                raise
             failed = time.monotonic()
             time.sleep(4 * INTERVAL_SECONDS)  # all that live beat in it, and are read
-            lost = self._watch.gone_since(failed + 1.5 * INTERVAL_SECONDS)  # a last beat may be read one interval late
+            # a last beat may be read one interval late
+            lost = [] if self._watch is None else self._watch.gone_since(failed + 1.5 * INTERVAL_SECONDS)
             if not lost:
+                if self._watch is None or self._watch.only is not None:
+                    time.sleep(OTHERS_WAIT_SECONDS)
                 raise
             raise RankLost(
                 f"{', '.join(lost)}: not heard of any more, so this training can't go on. The reason is in the output "
@@ -201,7 +215,11 @@ class Heartbeat(TrainerCallback):
                     values = store.multi_get([str(other) for other in sorted(known)])
                     beats = map(Beat.from_bytes, values)
                     watch.hear(dict(zip(sorted(known), beats, strict=True)), time.monotonic())
-            except RuntimeError:  # no connection: that nothing was heard is told by the watch
+            except dist.DistNetworkError:  # rank 0 has ended: to write again would print a trace from C++ each time
+                if watch is not None:
+                    watch.close()
+                return
+            except RuntimeError:  # no answer: that nothing was heard is told by the watch
                 continue
 
 

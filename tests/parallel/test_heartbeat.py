@@ -70,6 +70,31 @@ def test_a_store_that_does_not_answer_is_the_first_ranks():
     assert complaint.startswith("rank 0 (host0, process 7) has not answered for 50 s")
 
 
+@pytest.mark.parametrize(
+    ("only", "silent", "names"), [(0, (0, 1), ["rank 0"]), (1, (2,), []), (None, (2,), ["rank 2"])]
+)
+def test_the_second_rank_of_a_node_names_the_first_alone(only, silent, names):
+    watch = Watch(3, now=0.0, only=only)
+    found = []
+    for look in range(LONG):
+        now = INTERVAL_SECONDS * (look + 1)
+        watch.hear({rank: Beat(0 if rank in silent else look, 4.5, "a") for rank in range(3)}, now)
+        found += watch.complaints(now)
+    assert [text.split(" (")[0] for text in found] == names
+    assert [name.split(" (")[0] for name in watch.gone_since(2 * INTERVAL_SECONDS)] == names
+
+
+def test_a_store_that_was_closed_is_told_at_once():
+    watch = Watch(2, now=0.0, only=0)
+    watch.hear({rank: Beat(1, 4.5, f"host{rank}, process 7") for rank in (0, 1)}, 5.0)
+    assert watch.complaints(5.0) == []
+    watch.close()
+    (complaint,) = watch.complaints(10.0)
+    assert complaint.startswith("rank 0 (host0, process 7) has ended")
+    assert watch.complaints(15.0) == []
+    assert watch.gone_since(0.0) == ["rank 0 (host0, process 7)"]
+
+
 def test_a_watch_that_was_stopped_itself_names_nobody():
     """As where SLURM suspends a job."""
     watch = Watch(2, now=0.0)
@@ -123,6 +148,20 @@ def test_each_rank_writes_and_the_watch_reads(monkeypatch):
     for rank in (1, 0):  # rank 2 hasn't come yet
         Heartbeat()._beat(store, rank, watch if rank == 0 else None, TwoBeats())
     assert {rank: beat.count for rank, beat in watch._beats.items()} == {0: 2, 1: 2}
+
+
+class ClosedStore:
+    """A store whose process has ended."""
+
+    def set(self, *_):
+        raise dist.DistNetworkError("Broken pipe")
+
+
+def test_the_beat_ends_with_the_store(monkeypatch):
+    watch, over = Watch(2, now=0.0, only=0), TwoBeats()
+    Heartbeat()._beat(ClosedStore(), 1, watch, over)
+    assert over.num_waits == 1
+    assert watch.complaints(5.0)[0].startswith("rank 0 has ended")
 
 
 # ---- a collective that fails --------------------------------------------------------------------
