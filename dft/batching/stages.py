@@ -216,7 +216,7 @@ class _Draws:
                 wanted = count + (passes - self._passes + 1) * in_pass
                 steps = max(1, math.ceil(wanted / per_step - 1e-9))
             count += in_pass
-        if not steps:
+        if steps < 1:
             raise UserError(
                 f"{self._stage.place}: stage {self._stage.name!r} has {float(100 * self._stage.steps):g}% of the "
                 "steps, which is less than one; give it more, or raise --max_steps"

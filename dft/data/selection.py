@@ -173,8 +173,9 @@ def weights_of_ratios(ratios: Sequence[float], amounts: Sequence[int]) -> list[f
         ratios: at least 0, and not all 0.
         amounts: rows or tokens of each source; above 0 where its ratio is.
     """
-    scale = min(amount / ratio for ratio, amount in zip(ratios, amounts, strict=True) if ratio)
-    return [min(1.0, ratio / amount * scale) if ratio else 0.0 for ratio, amount in zip(ratios, amounts, strict=True)]
+    pairs = list(zip(ratios, amounts, strict=True))
+    r, a = min((pair for pair in pairs if pair[0]), key=lambda pair: pair[1] / pair[0])
+    return [min(1.0, (ratio * a) / (amount * r)) if ratio else 0.0 for ratio, amount in pairs]
 
 
 def mix_files(file: np.ndarray, length: np.ndarray, files: list[DataFile], config: DataConfig) -> list[DataFile]:
