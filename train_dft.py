@@ -128,7 +128,7 @@ def make_trainer(
     rows = plan.training_rows(data.train, data.lengths) if stages is None else stages.training_rows(data.train)
     decided = {"batching": plan.batching, "train_sampling_strategy": plan.strategy, "report_to": report_to}
     if stages is not None:
-        decided["max_steps"] = min(args.max_steps, stages.num_steps) if args.max_steps > 0 else stages.num_steps
+        decided["max_steps"] = args.max_steps if args.max_steps > 0 else stages.num_steps
     trainer = DFTTrainer(
         model,
         with_values(args, **decided),
@@ -195,7 +195,7 @@ def load_stage_plan(settings: Settings, data: "PreparedData", plan: "BatchPlan")
     from dft.batching.stages import plan_stages
     from dft.config.stages import load_stages
     from dft.data.stages import describe_stages, rows_of_stages
-    from dft.staged import check_stages_can_run
+    from dft.staged import check_stages_can_run, warn_of_early_end
 
     config, args = settings.data, settings.training
     if config.stages is None:
@@ -204,7 +204,9 @@ def load_stage_plan(settings: Settings, data: "PreparedData", plan: "BatchPlan")
     sources = rows_of_stages(written, data, config.mix_by)
     num_steps = plan.steps_of_run(data.lengths, args.max_steps, args.num_train_epochs)
     stages = plan_stages(written, sources, data.lengths, plan, num_steps)
-    check_stages_can_run(stages, args)
+    max_steps = args.max_steps if args.max_steps > 0 else stages.num_steps
+    check_stages_can_run(stages, args, max_steps)
+    warn_of_early_end(stages, max_steps)
     drawn = [(stage.num_steps, stage.rows) for stage in stages.stages]
     data.report["stages"] = describe_stages(written, sources, drawn, data.lengths)
     return stages

@@ -28,9 +28,9 @@ class StagedTrainer(Trainer):
         self.stages = stages
         if stages is None:
             return
-        check_stages_can_run(stages, self.args)
-        if not 0 < self.args.max_steps <= stages.num_steps:
+        if self.args.max_steps <= 0:
             raise ValueError(f"set max_steps to the {stages.num_steps} steps of the stages, or fewer")
+        check_stages_can_run(stages, self.args, self.args.max_steps)
         self.add_callback(StageCallback(stages))
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
@@ -123,11 +123,36 @@ def multiply_rate(scheduler: LambdaLR, factor_at: Callable[[int], float]) -> Non
     scheduler._last_lr = [group["lr"] for group in groups]
 
 
-def check_stages_can_run(stages: StagePlan, args: TrainingArguments) -> None:
-    """Raises UserError where the stages have learning rates, and DeepSpeed's file has a schedule of its own."""
+def check_stages_can_run(stages: StagePlan, args: TrainingArguments, max_steps: int) -> None:
+    """Checks that a training can take the steps of a plan.
+
+    Args:
+        max_steps: at which it ends.
+
+    Raises:
+        UserError: it has more steps than the plan; or the stages have learning rates, and DeepSpeed's file a schedule.
+    """
     plugin = args.deepspeed_plugin
     if _has_factors(stages) and plugin is not None and "scheduler" in plugin.hf_ds_config.config:
         raise UserError(_why_no_factors("the scheduler in --deepspeed"))
+    if max_steps > stages.num_steps:
+        raise UserError(
+            f"--max_steps is {max_steps}, and the stages have {stages.num_steps} steps: lower it, or drop it; stages "
+            "with shares of the steps, such as 30%, have as many as it says"
+        )
+
+
+def warn_of_early_end(stages: StagePlan, max_steps: int) -> None:
+    """Warns where a training of `max_steps` steps ends before the last stage does."""
+    if max_steps >= stages.num_steps:
+        return
+    unreached = [planned.stage.name for planned in stages.stages if planned.first_step >= max_steps]
+    logger.warning(
+        "The training ends after %d of the %d steps of its stages%s",
+        max_steps,
+        stages.num_steps,
+        ", without the stages " + ", ".join(unreached) if unreached else "",
+    )
 
 
 def _has_factors(stages: StagePlan | None) -> bool:

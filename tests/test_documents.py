@@ -32,6 +32,7 @@ OTHERS = [
     "docs/objectives.md",
     "docs/adapters.md",
     "docs/scaling.md",
+    "docs/stages.md",
     "ds_config/README.md",
     "examples/eval/README.md",
 ]

@@ -16,7 +16,7 @@ from dft.checkpoints.compare import compare_facts
 from dft.checkpoints.facts import run_facts
 from dft.config.stages import Stage
 from dft.errors import UserError
-from dft.staged import check_stages_can_run, multiply_rate
+from dft.staged import check_stages_can_run, multiply_rate, warn_of_early_end
 from tests.helpers import flat_weights, rows
 
 DATA = rows(48)
@@ -139,7 +139,6 @@ def test_a_training_may_end_within_the_plan_and_goes_on_in_no_other(staged, tmp_
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_steps": 10}, "set max_steps to the 9 steps of the stages, or fewer"),
         ({"max_steps": -1, "num_train_epochs": 1}, "set max_steps to the 9 steps"),
         ({"gradient_accumulation_steps": 1}, "the stages are planned for 4 rows a step, not 2"),
         ({"train_dataset": DATA.select(range(10))}, "the stages are planned for more than these 10 rows"),
@@ -150,6 +149,16 @@ def test_another_training_than_the_planned_one_is_refused(staged, settings, mess
         staged(**settings).train()
 
 
+def test_an_end_that_is_not_the_plans_is_said_or_refused(staged, caplog):
+    with pytest.raises(UserError, match="--max_steps is 10, and the stages have 9 steps: lower it"):
+        staged(max_steps=10)
+    warn_of_early_end(stages_of(), 5)
+    assert "The training ends after 5 of the 9 steps of its stages, without the stages stage 2" in caplog.text
+    caplog.clear()
+    warn_of_early_end(stages_of(), 9)
+    assert "The training ends" not in caplog.text
+
+
 def test_factors_need_a_schedule_that_is_a_function_of_the_step(staged):
     plateau = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 3}
     with pytest.raises(UserError, match="can't multiply the learning rates of --lr_scheduler_type reduce_lr_on_pl"):
@@ -158,5 +167,5 @@ def test_factors_need_a_schedule_that_is_a_function_of_the_step(staged):
     args = copy.copy(trainer.args)
     args.deepspeed_plugin = type("Plugin", (), {"hf_ds_config": type("File", (), {"config": {"scheduler": {}}})})
     with pytest.raises(UserError, match="the scheduler in --deepspeed"):
-        check_stages_can_run(trainer.stages, args)
-    check_stages_can_run(stages_of(factors=(1.0, 1.0, 1.0)), args)
+        check_stages_can_run(trainer.stages, args, 9)
+    check_stages_can_run(stages_of(factors=(1.0, 1.0, 1.0)), args, 9)
