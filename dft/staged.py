@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
 from dft.batching.stages import StagedOrder, StagePlan
 from dft.errors import UserError
@@ -31,6 +31,8 @@ class StagedTrainer(Trainer):
         if self.args.max_steps <= 0:
             raise ValueError(f"set max_steps to the {stages.num_steps} steps of the stages, or fewer")
         check_stages_can_run(stages, self.args, self.args.max_steps)
+        if _has_factors(stages) and self.lr_scheduler is not None:
+            raise ValueError("give learning rate factors of stages or a scheduler of your own, which they don't reach")
         self.add_callback(StageCallback(stages))
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
@@ -43,7 +45,7 @@ class StagedTrainer(Trainer):
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if is_new and _has_factors(self.stages):
             if not isinstance(scheduler, LambdaLR):
-                raise UserError(_why_no_factors(f"--lr_scheduler_type {self.args.lr_scheduler_type.value}"))
+                raise UserError(_why_no_factors(f"a {type(scheduler).__name__}"))
             multiply_rate(scheduler, self.stages.factor_at)
         return scheduler
 
@@ -130,11 +132,13 @@ def check_stages_can_run(stages: StagePlan, args: TrainingArguments, max_steps: 
         max_steps: at which it ends.
 
     Raises:
-        UserError: it has more steps than the plan; or the stages have learning rates, and DeepSpeed's file a schedule.
+        UserError: it has more steps than the plan; or the stages have learning rates, which its schedule can't take.
     """
     plugin = args.deepspeed_plugin
     if _has_factors(stages) and plugin is not None and "scheduler" in plugin.hf_ds_config.config:
         raise UserError(_why_no_factors("the scheduler in --deepspeed"))
+    if _has_factors(stages) and args.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU:
+        raise UserError(_why_no_factors(f"--lr_scheduler_type {args.lr_scheduler_type.value}"))
     if max_steps > stages.num_steps:
         raise UserError(
             f"--max_steps is {max_steps}, and the stages have {stages.num_steps} steps: lower it, or drop it; stages "

@@ -162,8 +162,17 @@ def test_an_end_that_is_not_the_plans_is_said_or_refused(staged, caplog):
 def test_factors_need_a_schedule_that_is_a_function_of_the_step(staged):
     plateau = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 3}
     with pytest.raises(UserError, match="can't multiply the learning rates of --lr_scheduler_type reduce_lr_on_pl"):
-        staged(**plateau).train()
+        staged(**plateau)
+    parameters = [torch.nn.Parameter(torch.zeros(1))]
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    with pytest.raises(ValueError, match="or a scheduler of your own"):
+        staged(optimizers=(optimizer, LambdaLR(optimizer, lambda step: 1.0)))
     trainer = staged()
+    other = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.trainer.get_scheduler", lambda *args, **kwargs: other)
+        with pytest.raises(UserError, match="can't multiply the learning rates of a CosineAnnealingLR"):
+            trainer.create_scheduler(9, optimizer)
     args = copy.copy(trainer.args)
     args.deepspeed_plugin = type("Plugin", (), {"hf_ds_config": type("File", (), {"config": {"scheduler": {}}})})
     with pytest.raises(UserError, match="the scheduler in --deepspeed"):
