@@ -38,7 +38,7 @@ from dft.selection.near_duplicates import near_duplicates as near_duplicates
 
 # settings that don't change what is in the cache, or that are in its key in another form
 NOT_IN_KEY = {
-    *("data_files", "eval_data_files", "data_weights", "chat_template", "channels"),
+    *("data_files", "eval_data_files", "data_weights", "mix", "mix_by", "stages", "chat_template", "channels"),
     *("train_on", "mask_thinking", "empty_turns", "chat_template_kwargs"),
     *("preprocessing_num_workers", "data_cache_dir", "shared_files", "overwrite_cache"),
     *("debug_data_processing", "dry_run"),
@@ -101,7 +101,7 @@ def prepare_in_cache(config: DataConfig, chat_format: ChatFormat, *, seed: int, 
     """The directory of the cache that holds the prepared data, made if it isn't there yet."""
     sources = find_sources(config)
     described = {name: value for name, value in asdict(config).items() if name not in NOT_IN_KEY}
-    described |= chat_format.settings | {"seed": seed}
+    described |= chat_format.settings | {"seed": seed, "mix": [config.mix, config.mix_by] if config.mix else None}
     key = data_key([file.path for file in sources.files], chat_format.tokenizer, described | asdict(sources))
     fill = partial(build, sources=sources, config=config, chat_format=chat_format, seed=seed, progress=progress)
     directory = Path(config.data_cache_dir or CACHE_DIRECTORY).expanduser()

@@ -38,6 +38,7 @@ from dft.nonfinite import FiniteTrainer
 from dft.parallel.fsdp import ShardedTrainer
 from dft.parallel.ulysses import SequenceGroup
 from dft.reference.trainer import ReferenceTrainer
+from dft.staged import StagedTrainer
 from dft.stopping import StopRequest
 from dist_logger import get_logger
 
@@ -47,7 +48,7 @@ logger = get_logger(__name__)
 TRAINER_DIVIDES_LOSS = not hasattr(Trainer, "loss_is_scaled_for_ga")
 
 
-class DFTTrainer(ShardedTrainer, CheckpointTrainer, ReferenceTrainer, FiniteTrainer):
+class DFTTrainer(ShardedTrainer, CheckpointTrainer, ReferenceTrainer, StagedTrainer, FiniteTrainer):
     """Trainer whose loss weights each supervised token by alpha * p_correct + 1 - alpha, or by another objective.
 
     The loss of a step is sum(w * nll) / N with N counted over the whole global batch, so it doesn't
@@ -68,6 +69,7 @@ class DFTTrainer(ShardedTrainer, CheckpointTrainer, ReferenceTrainer, FiniteTrai
         source_of_row: where a training row comes from, for the error of a loss that is NaN or infinite.
         channels: names of the sources that a column `channel` (int, from 0) of the rows numbers; each has metrics.
         row_lengths: tokens of each training row, for train_sampling_strategy group_by_length; by default counted.
+        stages: of the training, see StagedTrainer; they decide the order of the rows.
         made_with: see CheckpointTrainer, which also keeps the best and the newest checkpoint.
         All others are Trainer's own.
 
@@ -76,6 +78,7 @@ class DFTTrainer(ShardedTrainer, CheckpointTrainer, ReferenceTrainer, FiniteTrai
         ce_loss              sum(nll) / N, what SFT would report
         train/avg_p_correct  sum(p) / N
         train/dft_alpha      the alpha in force
+        train/stage          the number of the stage, from 1; if there are any
         token_accuracy       share of supervised tokens whose arg-max is right
         mean_weight          sum(w) / N
         p_below_0.01, p_above_0.99   shares of supervised tokens
@@ -317,6 +320,7 @@ class DFTTrainer(ShardedTrainer, CheckpointTrainer, ReferenceTrainer, FiniteTrai
         if "loss" in logs and "learning_rate" in logs:
             step, is_last = self.state.global_step, self.state.global_step >= self.state.max_steps
             logs.update(self._train_metrics.record(self.accelerator, step, self.alpha_at(step - 1), is_last))
+            logs.update(self.stage_record(step))
         elif "train_runtime" in logs:
             logs.update(self._train_metrics.totals(self.accelerator, self.state.global_step))
         super().log(logs, start_time)
@@ -343,6 +347,8 @@ class DFTTrainer(ShardedTrainer, CheckpointTrainer, ReferenceTrainer, FiniteTrai
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         """The order of the training rows, see EpochOrder."""
         dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.stages is not None:
+            return self.staged_order(dataset)
         strategy = self.args.train_sampling_strategy
         is_sized = hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
         if strategy == "batch_rebalance" or not is_sized:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from dft.batching.plan import BatchPlan
+    from dft.batching.stages import StagePlan
     from dft.data.prepared import PreparedData
     from dft_trainer import DFTTrainer
 
@@ -40,6 +41,7 @@ def train(settings: Settings) -> None:
     from dft.checkpoints.compare import compare_facts
     from dft.checkpoints.facts import run_facts
     from dft.checkpoints.resume import find_checkpoint
+    from dft.config.training import with_values
     from dft.distributed import once_per_node
     from dft.model.adapters import check_adapters
     from dft.model.fit import check_fit
@@ -59,7 +61,9 @@ def train(settings: Settings) -> None:
     end_with_launcher()
     agree_on_settings(settings, args)
     check_adapters(adapters, model_config, bool(args.fsdp))
-    checkpoint, steps_done = find_checkpoint(args) if args.do_train else (None, 0)
+    # a training in stages is one epoch of them all
+    run_args = args if data_config.stages is None else with_values(args, num_train_epochs=1.0)
+    checkpoint, steps_done = find_checkpoint(run_args) if args.do_train else (None, 0)
     is_tracked = args.do_train and not data_config.dry_run
     trackers = check_trackers(args, shared=data_config.shared_files) if is_tracked else {}
     tokenizer = load_model_tokenizer(model_config, data_config.chat_template)
@@ -68,11 +72,12 @@ def train(settings: Settings) -> None:
     attention = choose_attention(model_config.attn_implementation, config, is_16_bit, model_config.attn_strict)
     check_attention(args.sequence_parallel_size, config, attention)
     plan = plan_batches(args, data_config.max_length, config, attention)
-    data = load_data(settings, tokenizer, plan)
+    data, stages = load_data(settings, tokenizer, plan)
     check_fit(data, config, tokenizer, is_padded=plan.batching == "padded", grows=model_config.resize_embeddings)
     if data_config.dry_run:
         return
-    made_with = once_per_node(partial(run_facts, args, loss_config, config, data.train, plan)) | adapters.facts
+    facts = once_per_node(partial(run_facts, args, loss_config, config, data.train, plan, stages))
+    made_with = facts | adapters.facts
     agree_on_data(made_with, data, steps_done, attention)
     if checkpoint is not None:
         compare_facts(checkpoint, made_with, go_on=args.resume_anyway)
@@ -80,7 +85,7 @@ def train(settings: Settings) -> None:
     report_to = start_trackers(args, trackers, about, steps_done) if args.do_train else []
     model = load_model(model_config, adapters, args, config, tokenizer, attention)
     warn_if_too_large(model, settings, int(data.lengths.max(initial=1)))
-    trainer = make_trainer(settings, model, tokenizer, data, plan, report_to=report_to, made_with=made_with)
+    trainer = make_trainer(settings, model, tokenizer, data, plan, stages, report_to=report_to, made_with=made_with)
     if not args.do_train:
         save_evaluation(trainer)
         return
@@ -101,6 +106,7 @@ def make_trainer(
     tokenizer: "PreTrainedTokenizerBase",
     data: "PreparedData",
     plan: "BatchPlan",
+    stages: "StagePlan | None",
     *,
     report_to: list[str],
     made_with: dict[str, Any],
@@ -119,19 +125,24 @@ def make_trainer(
     from dft_trainer import DFTTrainer
 
     args = settings.training
+    rows = plan.training_rows(data.train, data.lengths) if stages is None else stages.training_rows(data.train)
+    decided = {"batching": plan.batching, "train_sampling_strategy": plan.strategy, "report_to": report_to}
+    if stages is not None:
+        decided["max_steps"] = args.max_steps if args.max_steps > 0 else stages.num_steps
     trainer = DFTTrainer(
         model,
-        with_values(args, batching=plan.batching, train_sampling_strategy=plan.strategy, report_to=report_to),
+        with_values(args, **decided),
         loss=settings.loss,
         metrics=settings.metrics,
         source_of_row=data.source_of,
         channels=data.channels,
         row_lengths=data.lengths,
         data_collator=plan.collator(tokenizer),
-        train_dataset=plan.training_rows(data.train, data.lengths),
+        train_dataset=rows,
         eval_dataset=data.evaluation,
         processing_class=tokenizer,
         callbacks=[TrainLog(args.output_dir), Curves(args.output_dir)] if args.do_train else [],
+        stages=stages,
         made_with=made_with,
     )
     guard_trackers(trainer)
@@ -156,8 +167,10 @@ def start_logging(settings: Settings) -> None:
     quiet_libraries(progress_bars=not args.disable_tqdm)
 
 
-def load_data(settings: Settings, tokenizer: "PreTrainedTokenizerBase", plan: "BatchPlan") -> "PreparedData":
-    """The training and evaluation rows, tokenized by one process of each node and read by all of them."""
+def load_data(
+    settings: Settings, tokenizer: "PreTrainedTokenizerBase", plan: "BatchPlan"
+) -> tuple["PreparedData", "StagePlan | None"]:
+    """The training and evaluation rows, tokenized by one process of each node and read by all; and their stages."""
     from data_utils import prepare_on_each_node
     from dft.chat.format import ChatFormat
     from dft.data.show import show_data
@@ -167,12 +180,37 @@ def load_data(settings: Settings, tokenizer: "PreTrainedTokenizerBase", plan: "B
     logger.info("Assistant turns are found by: %s", chat_format.method)
     is_main = args.process_index == 0
     data = prepare_on_each_node(config, chat_format, seed=args.seed, progress=is_main and not args.disable_tqdm)
+    stages = None
     if args.do_train:
-        plan.check_rows(data.lengths)
+        stages = load_stage_plan(settings, data, plan)
+        if stages is None:  # whose steps are always complete
+            plan.check_rows(data.lengths)
     if is_main:
         plan.add_to_report(data.report, data.lengths, data.training_lengths())
         show_data(data, config, tokenizer, args.output_dir)
-    return data
+    return data, stages
+
+
+def load_stage_plan(settings: Settings, data: "PreparedData", plan: "BatchPlan") -> "StagePlan | None":
+    """The steps of the stages of --stages, which are added to the data report; None without the flag."""
+    from dft.batching.stages import plan_stages
+    from dft.config.stages import load_stages
+    from dft.data.stages import describe_stages, rows_of_stages
+    from dft.staged import check_stages_can_run, warn_of_early_end
+
+    config, args = settings.data, settings.training
+    if config.stages is None:
+        return None
+    written = load_stages(config.stages)
+    sources = rows_of_stages(written, data, config.mix_by)
+    num_steps = plan.steps_of_run(data.lengths, args.max_steps, args.num_train_epochs)
+    stages = plan_stages(written, sources, data.lengths, plan, num_steps)
+    max_steps = args.max_steps if args.max_steps > 0 else stages.num_steps
+    check_stages_can_run(stages, args, max_steps)
+    warn_of_early_end(stages, max_steps)
+    drawn = [(stage.num_steps, stage.rows) for stage in stages.stages]
+    data.report["stages"] = describe_stages(written, sources, drawn, data.lengths)
+    return stages
 
 
 def command() -> None:

@@ -114,7 +114,8 @@ def data_config(args: argparse.Namespace, settings: dict[str, Any]) -> DataConfi
     Raises:
         UserError: another version has others.
     """
-    other = {"data_files": args.data_files, "eval_data_files": None, "data_weights": None, "data_cache_dir": None}
+    other = {"data_files": args.data_files, "eval_data_files": None, "data_cache_dir": None}
+    other |= dict.fromkeys(("data_weights", "mix", "stages"))  # of the training alone
     every_row = {"dedup": False, "drop_leaked": False, "validation_split_percentage": 0.0, "overwrite_cache": False}
     flags = ("data_format", "data_validation", "max_length", "channels")
     given = {name: getattr(args, name) for name in flags if getattr(args, name) is not None}

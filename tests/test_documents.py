@@ -33,6 +33,7 @@ OTHERS = [
     "docs/adapters.md",
     "docs/scaling.md",
     "docs/selection.md",
+    "docs/stages.md",
     "ds_config/README.md",
     "examples/eval/README.md",
 ]

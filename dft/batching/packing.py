@@ -133,11 +133,13 @@ class PackedRows(Dataset):
     Args:
         rows: a map-style dataset.
         bin_of: the bin of each row, int64 [N].
+        drawn: in place of every row once, these rows, int64 [N], each as often as it is there.
     """
 
-    def __init__(self, rows: Dataset, bin_of: np.ndarray):
+    def __init__(self, rows: Dataset, bin_of: np.ndarray, drawn: np.ndarray | None = None):
         self.rows = rows
-        self._order = np.argsort(bin_of, kind="stable")
+        order = np.argsort(bin_of, kind="stable")
+        self._order = order if drawn is None else drawn[order]
         self._starts = np.concatenate([[0], np.cumsum(np.bincount(bin_of))])
 
     def __len__(self) -> int:

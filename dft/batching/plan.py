@@ -128,6 +128,16 @@ class BatchPlan:
         batches = math.floor(batches) if self.drop_last else math.ceil(batches)
         return math.ceil(batches * self.batches_at_once / self.batches_per_step)
 
+    def steps_of_run(self, lengths: np.ndarray, max_steps: int, num_epochs: float) -> int:
+        """The optimizer's steps of a training: `max_steps`, or those of its epochs where that isn't above 0.
+
+        Args:
+            lengths: tokens of each training row, int [N].
+        """
+        if max_steps > 0:
+            return max_steps
+        return math.ceil(num_epochs * self.steps_per_epoch(_num_items(lengths, self.bins(lengths))))
+
     def add_to_report(self, report: dict[str, Any], lengths: np.ndarray, lengths_by_file: list[np.ndarray]) -> None:
         """Adds what an epoch consists of to a data report: rows, bins, padding, steps; and padding_waste to each file.
 

@@ -14,6 +14,10 @@ from transformers import TrainerCallback
 from dft.batching.collators import unpack_rows
 from dft.constants import IGNORE_INDEX
 
+# group_by_length sorts this many steps' worth of random rows at a time: enough that steps hold rows of similar
+# length, and few enough that an epoch stays mixed
+GROUPED_STEPS = 50
+
 
 class FilledRows(Dataset):
     """Extends a dataset to a multiple of `multiple` rows by short fillers without supervised tokens.
@@ -69,10 +73,6 @@ class EpochOrder(Sampler[int]):
         ValueError: an unknown strategy, or lengths of another number of rows.
     """
 
-    # group_by_length sorts this many steps' worth of random rows at a time: enough that steps hold rows of similar
-    # length, and few enough that an epoch stays mixed
-    GROUPED_STEPS = 50
-
     def __init__(
         self,
         num_rows: int,
@@ -112,18 +112,28 @@ class EpochOrder(Sampler[int]):
             return torch.arange(self.num_rows)
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(self.num_rows, generator=generator)
-        return order if self.strategy == "random" else self._grouped_by_length(order, generator)
+        if self.strategy == "random":
+            return order
+        return grouped_by_length(order, self.lengths, self.rows_per_step, generator)
 
-    def _grouped_by_length(self, order: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Regroups a random order, int64 [N], into steps of similar length, which come in random order themselves."""
-        steps = []
-        for chunk in order.split(self.GROUPED_STEPS * self.rows_per_step):
-            by_length = chunk[torch.argsort(self.lengths[chunk], descending=True, stable=True)]
-            full = list(by_length.split(self.rows_per_step))
-            # an incomplete step stays the last, because every step after it would be shifted against its rows
-            rest = [full.pop()] if len(full[-1]) < self.rows_per_step else []
-            steps += [full[i] for i in torch.randperm(len(full), generator=generator)] + rest
-        return torch.cat(steps)
+
+def grouped_by_length(
+    order: torch.Tensor, lengths: torch.Tensor, rows_per_step: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Regroups a random order of rows into steps of similar length, which come in random order themselves.
+
+    Args:
+        order: rows, int64.
+        lengths: tokens of each row.
+    """
+    steps = []
+    for chunk in order.split(GROUPED_STEPS * rows_per_step):
+        by_length = chunk[torch.argsort(lengths[chunk], descending=True, stable=True)]
+        full = list(by_length.split(rows_per_step))
+        # an incomplete step stays the last, because every step after it would be shifted against its rows
+        rest = [full.pop()] if len(full[-1]) < rows_per_step else []
+        steps += [full[i] for i in torch.randperm(len(full), generator=generator)] + rest
+    return torch.cat(steps)
 
 
 class RepeatedBatches(Sampler[int]):

@@ -8,6 +8,7 @@ from datasets import Dataset
 from transformers import PretrainedConfig, TrainingArguments
 
 from dft.batching.plan import BatchPlan
+from dft.batching.stages import StagePlan
 from dft.config.loss import LossConfig
 from dft.config.training import num_batches_at_once
 from dft.digest import digest_of_rows
@@ -25,6 +26,7 @@ def run_facts(
     config: PretrainedConfig,
     rows: Dataset | None,
     plan: BatchPlan | None = None,
+    stages: StagePlan | None = None,
 ) -> dict[str, Any]:
     """What decides which rows a step trains on, with which objective and how, as JSON values by name.
 
@@ -32,6 +34,7 @@ def run_facts(
         config: of the model.
         rows: the training rows, before they are packed; None if they have no order that could be compared.
         plan: how the rows become batches; without one, by the arguments.
+        stages: of the training; None if it has none.
     """
     shape = config.get_text_config().to_dict()
     objective = {name: value for name, value in asdict(loss).items() if name not in WHERE_COMPUTED}
@@ -39,6 +42,7 @@ def run_facts(
     facts = {
         **({} if rows is None else {"training_rows": len(rows), "content_of_rows": digest_of_rows(rows)}),
         **_batch_facts(args, plan),
+        "stages": None if stages is None else stages.facts,
         **objective,
         "use_simple_dft": loss.alpha > 0,
         "dft_alpha": loss.alpha,

@@ -16,6 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_model_param_count
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
+from dft.batching.stages import StagePlan
 from dft.checkpoints.best import restore_best, tell_what_is_compared
 from dft.checkpoints.compare import check_loadable, compare_facts, read_facts
 from dft.checkpoints.facts import run_facts
@@ -56,6 +57,7 @@ class CheckpointTrainer(Trainer):
     """
 
     loss_config: LossConfig
+    stages: StagePlan | None = None
 
     def __init__(self, *args, made_with: dict[str, Any] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
@@ -99,7 +101,8 @@ class CheckpointTrainer(Trainer):
         rows = self.train_dataset
         rows = rows.rows if isinstance(rows, ReferenceRows) else rows
         has_columns = isinstance(rows, Dataset) and {"input_ids", "labels"} <= set(rows.column_names)
-        return run_facts(self.args, self.loss_config, self.model.config, rows if has_columns else None)
+        rows = rows if has_columns else None
+        return run_facts(self.args, self.loss_config, self.model.config, rows, stages=self.stages)
 
     def _inner_training_loop(self, *args, **kwargs):
         """Trainer's; nothing of an earlier training is taken for one of this."""

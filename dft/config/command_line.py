@@ -19,7 +19,7 @@ from dft.config.metrics import MetricsConfig
 from dft.config.model import ModelConfig
 from dft.config.options import did_you_mean
 from dft.config.parser import build_parser, flag_names, known_options
-from dft.config.training_checks import check_evaluation, check_row_fits, check_training
+from dft.config.training_checks import check_evaluation, check_row_fits, check_stages, check_training
 from dft.errors import UserError
 from dft.files import expand_path
 from dft.secrets import without_secrets
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 PATHS = (  # flags that hold a path, or several; what begins with { is JSON in its place
     *("model_name_or_path", "data_files", "eval_data_files", "chat_template", "data_cache_dir", "output_dir"),
-    *("adapter", "reference_cache_dir"),
+    *("adapter", "reference_cache_dir", "stages"),
     *("logging_dir", "resume_from_checkpoint", "deepspeed", "fsdp_config", "accelerator_config"),
 )
 
@@ -68,6 +68,7 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     check_training(SimpleNamespace(**training), listing["trackers"], listing["compile_backends"])
     check_row_fits(SimpleNamespace(**training), data)
     check_evaluation(SimpleNamespace(**training), data)
+    check_stages(SimpleNamespace(**training), data)
     training = resolve_evaluation(training, data)
 
     from dft.config.training import DFTTrainingArguments  # imports torch

@@ -2,17 +2,20 @@
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from dft.config.options import option, required
 from dft.errors import UserError
+from dft.printable import printable
 
 DataFormat = Literal["messages", "sharegpt", "alpaca", "prompt_completion"]
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 Truncation = Literal["right", "left", "drop", "error"]
 DataValidation = Literal["standard", "strict", "lenient"]
 Channels = Literal["auto", "file", "field", "none"]
+MixBy = Literal["tokens", "rows"]
 TrainOn = Literal["all", "last"]
 EmptyTurns = Literal["keep", "skip_turn", "drop_row"]
 
@@ -27,6 +30,7 @@ RESERVED_ARGUMENTS = (  # arguments of a chat template that the trainer sets its
     "return_assistant_tokens_mask",
     "tools",
 )
+RATIOS = re.compile(r"\d{1,12}(\.\d{0,12})?(:\d{1,12}(\.\d{0,12})?)*")  # of --mix
 MAX_CHANNELS = 50  # --channels auto makes no more of them: each has a chart, and somebody has to look at it
 
 
@@ -57,6 +61,14 @@ class DataConfig:
     data_weights: list[float] | None = option(
         "One number for each entry of --data_files: how often its rows are seen in an epoch. 2: twice; 0.5: a random "
         "half of them once."
+    )
+    mix: str | None = option(
+        "Ratios of the entries of --data_files in an epoch, as 6:2:1, in place of --data_weights. No row is repeated: "
+        "the entry that is the scarcest for its ratio is seen whole, a random part of the others."
+    )
+    mix_by: MixBy = option("What the ratios of --mix, and shares in --stages, are of: tokens or rows.", "tokens")
+    stages: str | None = option(
+        "YAML file of stages, which train one after the other on sources of their own; see docs/stages.md."
     )
     dedup: bool = option("Drop rows that repeat an earlier one, in any file.", False)
     drop_leaked: bool = option("Don't train on rows that have the prompt of an evaluation row.", False)
@@ -117,12 +129,34 @@ class DataConfig:
             raise UserError(f"--max_eval_samples is {self.max_eval_samples}; it must be at least 0 (0: no limit)")
         if self.data_weights and any(not 0 <= weight < math.inf for weight in self.data_weights):
             raise UserError(f"--data_weights is {self.data_weights}; each must be at least 0")
+        self._check_mix()
         pairs = [pair.split("=") for pair in self.role_map or []]
         if any(len(pair) != 2 or not pair[0] or pair[1] not in ROLES for pair in pairs):
             raise UserError(f"--role_map is {self.role_map}; write NAME=ROLE, with a ROLE of {', '.join(ROLES)}")
         self._check_template_kwargs()
         if self.preprocessing_num_workers < 1:
             raise UserError(f"--preprocessing_num_workers is {self.preprocessing_num_workers}; it must be at least 1")
+
+    def _check_mix(self) -> None:
+        if self.mix is None:
+            return
+        if self.data_weights:
+            raise UserError("--mix and --data_weights both say how often rows are seen: drop one")
+        if not RATIOS.fullmatch(self.mix):
+            raise UserError(f"--mix is {printable(self.mix)}; it must be numbers of at least 0, as 6:2:1")
+        ratios = self.mix_ratios
+        if len(ratios) != len(self.data_files):
+            raise UserError(
+                f"--mix {self.mix} has {len(ratios)} ratios for {len(self.data_files)} --data_files: give one for "
+                "each. In a YAML file it needs quotes, '6:2:1'"
+            )
+        if not any(ratios):
+            raise UserError(f"--mix is {self.mix}, so that there would be nothing to train on; one must be above 0")
+
+    @property
+    def mix_ratios(self) -> list[float]:
+        """--mix as numbers; empty without it."""
+        return [] if self.mix is None else [float(ratio) for ratio in self.mix.split(":")]
 
     def _check_template_kwargs(self) -> None:
         try:

@@ -8,11 +8,13 @@ from typing import Any
 from dft.config.data import DataConfig
 from dft.config.fsdp import fsdp_config
 from dft.config.options import did_you_mean
+from dft.config.stages import load_stages
 from dft.constants import PADDED_TO
 from dft.errors import UserError
 
 EVALUATION_METRICS = ("acc", "ce_loss", "perplexity", "avg_p_correct", "loss")
 DEFAULT_ROWS = 8  # of a micro-batch, on each device
+DEFAULT_EPOCHS = 3  # transformers', which nobody has asked for
 
 
 def check_training(args: Any, trackers: Collection[str], compile_backends: Collection[str]) -> None:
@@ -59,6 +61,25 @@ def check_row_fits(args: Any, data: DataConfig) -> None:
     if room is not None and room < longest:
         raise UserError(
             f"--max_tokens_per_batch is {room}, but a row may have {longest} tokens: raise it, or lower --max_length"
+        )
+
+
+def check_stages(args: Any, data: DataConfig) -> None:
+    """Raises UserError where the file of --stages isn't one, or other flags say the same in another way."""
+    if data.stages is None:
+        return
+    stages = load_stages(data.stages)
+    for flag, value in (("data_weights", data.data_weights), ("mix", data.mix)):
+        if value is not None:
+            raise UserError(f"--stages says how often rows are seen, and so does --{flag}: drop one")
+    if args.train_sampling_strategy == "batch_rebalance":
+        raise UserError("--train_sampling_strategy batch_rebalance has an order of its own, as --stages has: drop one")
+    if args.auto_find_batch_size:
+        raise UserError("--stages plans the rows of every step, whose number --auto_find_batch_size changes: drop one")
+    if stages[0].epochs is not None and args.max_steps <= 0 and args.num_train_epochs not in (1, DEFAULT_EPOCHS):
+        raise UserError(
+            f"--num_train_epochs {args.num_train_epochs:g}: the stages of {data.stages} are in epochs of their own; "
+            "drop the flag, or give them shares of the steps"
         )
 
 

@@ -15,8 +15,8 @@ from dft.chat.format import ChatFormat
 from dft.config.data import DataConfig
 from dft.data.pipeline import RowStatistics, TokenSettings, survey, tokenize_files
 from dft.data.rejection_log import RejectionLog
-from dft.data.report import FileStatistics, make_report
-from dft.data.selection import Catalog, Selection, mix, select
+from dft.data.report import FileStatistics, describe_mix, make_report
+from dft.data.selection import Catalog, Selection, mix, mix_files, select
 from dft.data.sources import Sources
 from dft.data.worker_pool import WorkerPool
 from dft.reading.formats import RowReader, detect_format, parse
@@ -59,14 +59,18 @@ def build(
         rejected.stop_if_nothing_is_left(len(evaluation), sources.evaluation or sources.train, "eval_data_files")
     report = make_report(_file_statistics(rows, chosen, readers, statistics, rejected))
     channel_names, channel = np.unique(np.concatenate([entry.channel for entry in statistics]), return_inverse=True)
-    order = mix(rows.file[written][train], files, seed)
+    file, length = rows.file[written], np.concatenate([entry.length for entry in statistics])
+    mixed = mix_files(file[train], length[train], files, config)
+    if config.mix_ratios:
+        report["mix"] = describe_mix(config, mixed)
+    order = mix(file[train], mixed, seed)
     np.savez(
         directory / "rows.npz",
         train=train if order is None else train[order],
         evaluation=evaluation,
-        file_index=rows.file[written],
+        file_index=file,
         line=np.concatenate([entry.line for entry in statistics]),
-        length=np.concatenate([entry.length for entry in statistics]),
+        length=length,
         channel=channel.astype(np.int32),
         channel_names=channel_names.astype(str),
     )

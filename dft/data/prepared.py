@@ -24,12 +24,14 @@ class PreparedData:
     evaluation: Dataset | None
     train_files: np.ndarray  # int32 [rows of train], index into report["files"]
     train_lines: np.ndarray  # int64 [rows of train], where the row begins in its file
+    train_fields: np.ndarray  # int32 [rows of train], index into field_names
     lengths: np.ndarray  # int32 [rows of train], tokens
     longest: int  # tokens of the longest row, of training and evaluation
     report: dict[str, Any]  # see report.make_report
     samples: list[SampleRow]  # the first training row of each file
     directory: Path  # rejected.jsonl is there
     channels: list[str]  # names of the sources that have metrics of their own; empty for none
+    field_names: list[str]  # what the rows' fields `channel` hold, "" for rows without
 
     def source_of(self, index: int) -> str:
         """The file and line of a training row."""
@@ -84,10 +86,12 @@ def load_prepared(directory: Path, channels: Channels = "auto") -> PreparedData:
         evaluation=tokens.select(evaluation) if len(evaluation) else None,
         train_files=file[train],
         train_lines=line[train],
+        train_fields=of_field[train],
         lengths=length[train],
         longest=int(length.max()),
         report=report,
         samples=samples,
         directory=directory,
         channels=channel_names,
+        field_names=field_names.tolist(),
     )

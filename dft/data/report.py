@@ -12,11 +12,13 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dft.chat.remarks import EMPTY_TURN, TURN_WITHOUT_THINKING, describe_remark
+from dft.config.data import DataConfig
 from dft.constants import IGNORE_INDEX
 from dft.data.names import file_labels
 from dft.data.rejection_log import DROPPED_ON_REQUEST
 from dft.data.tables import aligned
 from dft.printable import printable
+from dft.reading.discovery import DataFile
 
 PERCENTILES = {"min": 0, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "p99": 99, "max": 100}
 COLUMNS_OF_REMARKS = {TURN_WITHOUT_THINKING: "thinking lost", EMPTY_TURN: "empty turns"}  # where there are any
@@ -102,6 +104,19 @@ def _entry(file: FileStatistics) -> dict[str, Any]:
     }
 
 
+def describe_mix(config: DataConfig, files: list[DataFile]) -> list[dict[str, Any]]:
+    """The entries of --data_files with their ratios, and how often their rows are seen in an epoch.
+
+    Args:
+        files: with the weights that --mix has given them.
+    """
+    weight_of = {file.entry: file.weight for file in files}
+    return [
+        {"data_files": entry, "ratio": ratio, "by": config.mix_by, "times_seen": weight_of.get(i, 0.0)}
+        for i, (entry, ratio) in enumerate(zip(config.data_files, config.mix_ratios, strict=True))
+    ]
+
+
 # ---- writing ------------------------------------------------------------------------------------
 
 
@@ -160,6 +175,9 @@ def report_notes(report: dict[str, Any]) -> list[str]:
         notes.append(
             f"control tokens stand in the text of {total['control_tokens_in_text']:,} rows: kept as plain text"
         )
+    if "mix" in report:
+        parts = [f"{printable(e['data_files'])} {e['ratio']:g} (×{e['times_seen']:.3g})" for e in report["mix"]]
+        notes.append(f"mixed by {report['mix'][0]['by']}, and how often rows are seen: {', '.join(parts)}")
     notes += [describe_remark(name, count) for name, count in total["remarks"].items()]
     if "steps_per_epoch" in total:
         batches = total["batching"].replace("_", "-")
@@ -171,6 +189,22 @@ def report_notes(report: dict[str, Any]) -> list[str]:
             f"{total['training_rows_per_epoch']:,} training rows, {batches}, "
             f"{total['steps_per_epoch']:,} steps an epoch"
         )
+    return notes + stage_notes(report)
+
+
+def stage_notes(report: dict[str, Any]) -> list[str]:
+    """A sentence for each stage, if there are any."""
+    notes, first = [], 1
+    for number, stage in enumerate(report.get("stages", []), start=1):
+        seen = ", ".join(f"{printable(n)} ×{source['times_seen']:.3g}" for n, source in stage["sources"].items())
+        factor, limit = stage["learning_rate_factor"], stage["max_length"]
+        notes.append(
+            f"stage {number}, {stage['name']}: steps {first:,} to {first + stage['steps'] - 1:,}, {stage['rows']:,} "
+            f"rows, {stage['tokens']:,} tokens, of sources and how often they are seen: {seen}"
+            + ("" if limit is None else f"; rows of at most {limit:,} tokens")
+            + ("" if factor == 1 else f"; learning rate ×{factor:g}")
+        )
+        first += stage["steps"]
     return notes
 
 

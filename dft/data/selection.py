@@ -6,13 +6,14 @@ Every choice depends on the seed and the content alone, so the same rows are cho
 
 import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from dft.config.data import DataConfig
 from dft.errors import UserError
+from dft.printable import printable
 from dft.reading.discovery import DataFile
 from dft.reading.rows import Conversation
 
@@ -161,6 +162,42 @@ def hold_out(prompt: np.ndarray, among: np.ndarray, percentage: float, max_rows:
             "data, or --validation_split_percentage 0"
         )
     return among & np.isin(prompt, prompts[chosen])
+
+
+def weights_of_ratios(ratios: Sequence[float], amounts: Sequence[int]) -> list[float]:
+    """How often the rows of each source are seen, so that the sources stand in these ratios and none is repeated.
+
+    The largest weight is 1, of the source that is the scarcest for its ratio: w_i = r_i / a_i · min_j (a_j / r_j).
+
+    Args:
+        ratios: at least 0, and not all 0.
+        amounts: rows or tokens of each source; above 0 where its ratio is.
+    """
+    pairs = list(zip(ratios, amounts, strict=True))
+    r, a = min((pair for pair in pairs if pair[0]), key=lambda pair: pair[1] / pair[0])
+    return [min(1.0, (ratio * a) / (amount * r)) if ratio else 0.0 for ratio, amount in pairs]
+
+
+def mix_files(file: np.ndarray, length: np.ndarray, files: list[DataFile], config: DataConfig) -> list[DataFile]:
+    """The files with the weights that --mix says; the same files without it.
+
+    Args:
+        file, length: the file of each training row, and its tokens, int32 [N].
+
+    Raises:
+        UserError: an entry of --data_files has a ratio and no row to train on.
+    """
+    ratios = config.mix_ratios
+    if not ratios:
+        return files
+    entry = np.array([-1 if f.entry is None else f.entry for f in files])[file]
+    sizes = np.ones_like(length) if config.mix_by == "rows" else length
+    amounts = [int(sizes[entry == i].sum()) for i in range(len(ratios))]
+    empty = [printable(config.data_files[i]) for i, ratio in enumerate(ratios) if ratio and not amounts[i]]
+    if empty:
+        raise UserError(f"--mix {config.mix}: no row to train on in {', '.join(empty)}; give it 0, or leave it out")
+    weights = weights_of_ratios(ratios, amounts)
+    return [f if f.entry is None else replace(f, weight=weights[f.entry]) for f in files]
 
 
 def mix(file: np.ndarray, files: list[DataFile], seed: int) -> np.ndarray | None:

@@ -26,7 +26,7 @@ def find_sources(config: DataConfig) -> Sources:
     Raises:
         UserError: some name nothing, or a file is on both sides with different samples.
     """
-    train = find_data_files(config.data_files, "data_files", config.data_weights)
+    train = find_data_files(config.data_files, "data_files", config.data_weights, keep_entries=config.mix is not None)
     evaluation = find_data_files(config.eval_data_files, "eval_data_files") if config.eval_data_files else []
     files = _merge(train, evaluation)
     path_of = {Path(file.path).resolve(): file.path for file in files}  # a file may be named in two ways

@@ -38,7 +38,7 @@ REMEDIES = {
 # uses; and how fast rows are read.
 OF_A_NODE = {
     *("model_name_or_path", "data_files", "eval_data_files", "chat_template", "data_cache_dir", "reference_cache_dir"),
-    "adapter",
+    *("adapter", "stages"),
     *("output_dir", "logging_dir", "resume_from_checkpoint", "deepspeed", "local_rank"),
     *(
         "shared_files",

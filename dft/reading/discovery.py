@@ -25,15 +25,19 @@ class DataFile:
     path: str
     max_rows: int | None = None  # the size of a random sample of its rows; None: all rows
     weight: float = 1.0  # how often each of its rows is seen in an epoch
+    entry: int | None = None  # the place in the list of the pattern that names it, from 0; None where it is of no use
 
 
-def find_data_files(patterns: list[str], flag: str, weights: list[float] | None = None) -> list[DataFile]:
+def find_data_files(
+    patterns: list[str], flag: str, weights: list[float] | None = None, *, keep_entries: bool = False
+) -> list[DataFile]:
     """Finds the files that paths, directories and globs name, in order, each once.
 
     Args:
         patterns: each may end with #N, for a random sample of at most N rows from each of its files.
         flag: the name of the flag that holds the patterns, for errors.
         weights: one for each pattern, see DataFile.
+        keep_entries: files know which pattern names them, and no two may.
 
     Raises:
         UserError: some patterns name nothing, or a file of another kind; all are listed.
@@ -43,7 +47,7 @@ def find_data_files(patterns: list[str], flag: str, weights: list[float] | None 
     file_of: dict[Path, DataFile] = {}
     problems = []
     repeated = []
-    for pattern, weight in zip(patterns, weights or [1.0] * len(patterns), strict=True):
+    for entry, (pattern, weight) in enumerate(zip(patterns, weights or [1.0] * len(patterns), strict=True)):
         whole = expand_path(pattern, f"--{flag}")
         sample = None if Path(whole).exists() else SAMPLED_PATTERN.fullmatch(whole)
         name, max_rows = (sample[1], int(sample[2])) if sample else (whole, None)
@@ -51,7 +55,7 @@ def find_data_files(patterns: list[str], flag: str, weights: list[float] | None 
         problems += _what_is_missing(pattern, Path(name), found)
         _report(name, found)
         for path in found.files:
-            file = DataFile(path, max_rows, weight)
+            file = DataFile(path, max_rows, weight, entry if keep_entries else None)
             earlier = file_of.setdefault(Path(path).resolve(), file)
             problems += _problems(file, earlier)
             repeated += [] if earlier is file else [path]
@@ -122,6 +126,8 @@ def _problems(file: DataFile, earlier: DataFile) -> list[str]:
         return [f"  {printable(file.path)}: not a {', '.join(SUFFIXES)} file"]
     if (earlier.max_rows, earlier.weight) != (file.max_rows, file.weight):
         return [f"  {printable(file.path)}: named twice, with different samples or weights"]
+    if earlier.entry != file.entry:
+        return [f"  {printable(file.path)}: named twice, and --mix has a ratio for each name"]
     if file.path.encode("utf-8", "replace").decode() != file.path:
         return [f"  {file.path!a}: rename it, the name is not UTF-8"]
     return []

@@ -10,7 +10,7 @@ from torch.utils.data import BatchSampler
 
 from dft.batching.packing import PackedRows, best_fit_decreasing, next_fit, next_fit_padded, padded_tokens
 from dft.batching.plan import BatchPlan, choose_batching, padding_waste
-from dft.batching.sampler import EpochOrder, FilledRows, token_lengths
+from dft.batching.sampler import GROUPED_STEPS, EpochOrder, FilledRows, token_lengths
 from dft.errors import UserError
 from tests.helpers import rows
 
@@ -117,8 +117,8 @@ def test_steps_hold_rows_of_similar_length_and_come_in_any_order():
     # a step's place says nothing of the length of its rows
     half = len(steps) // 2
     assert steps[:half].mean() == pytest.approx(steps[half:].mean(), rel=0.05)
-    place = np.arange(EpochOrder.GROUPED_STEPS)
-    for some in steps.mean(1).reshape(-1, EpochOrder.GROUPED_STEPS):
+    place = np.arange(GROUPED_STEPS)
+    for some in steps.mean(1).reshape(-1, GROUPED_STEPS):
         assert abs(np.corrcoef(place, some)[0, 1]) < 0.5
 
 

@@ -2,9 +2,12 @@
 
 import json
 import shutil
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 
+from dft.config.data import DataConfig
 from dft.errors import UserError
 from scripts import evaluate
 from tests.helpers import write_jsonl
@@ -78,6 +81,15 @@ def test_malformed_rows_may_be_dropped(tiny_model, chat_file, tmp_path, capsys):
         evaluate.main(command)
     evaluate.main([*command, "--data_validation", "lenient"])
     assert "1 rows dropped" in capsys.readouterr().out
+
+
+def test_what_mixed_the_training_data_is_not_asked_of_other_files():
+    run = asdict(DataConfig(["a.jsonl", "b.jsonl"], mix="1:2", stages="stages.yaml", max_length=77))
+    names = ("data_format", "data_validation", "max_length", "channels")
+    args = SimpleNamespace(data_files=["test.jsonl"], **dict.fromkeys(names))
+    config = evaluate.data_config(args, run)
+    assert (config.mix, config.stages, config.data_weights) == (None, None, None)
+    assert (config.data_files, config.max_length) == (["test.jsonl"], 77)
 
 
 def test_settings_of_another_version_are_refused(tiny_model, chat_file, tmp_path):
