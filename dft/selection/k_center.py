@@ -30,7 +30,7 @@ class Cover:
 
     Attributes:
         picks: rows in the order in which they were chosen, int64 [K].
-        distances: of each pick to the seeds and the picks before it, float64 [K]; infinite for the first without seeds.
+        distances: of each pick to the seeds and the picks before it, float64 [K]; infinite where there are none.
         radius: the largest distance of any row to the nearest seed or pick.
     """
 
