@@ -21,12 +21,13 @@ from dft.chat.format import ChatFormat
 from dft.config.data import DataConfig, Truncation
 from dft.data.build import build
 from dft.data.cache import CACHE_DIRECTORY, cached, data_key
-from dft.data.pipeline import arrow_table, reject_untrainable, stack_examples, tokenize_conversations
+from dft.data.pipeline import arrow_table, stack_examples, tokenize_conversations
 from dft.data.prepared import PreparedData, load_prepared
 from dft.data.sources import find_sources
 from dft.distributed import once_per_node
 from dft.reading.formats import read_file
 from dft.reading.rows import Conversation, RejectedRow
+from dft.reading.untrainable import reject_untrainable
 
 # settings that don't change what is in the cache, or that are in its key in another form
 NOT_IN_KEY = {

@@ -21,7 +21,7 @@ from transformers import PretrainedConfig
 from dft.config.loss import CHUNK_MB
 from dft.config.model import ModelConfig
 from dft.config.parser import string_to_bool
-from dft.data.report import aligned
+from dft.data.tables import aligned
 from dft.errors import UserError
 from dft.model.activations import Activations, Computation, build_model, count_activations
 from dft.model.loading import load_config

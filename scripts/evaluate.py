@@ -23,7 +23,7 @@ from dft.config.loss import LossConfig
 from dft.config.metrics import MetricsConfig
 from dft.config.training import DFTTrainingArguments
 from dft.data.prepared import PreparedData
-from dft.data.report import aligned
+from dft.data.tables import aligned
 from dft.distributed import has_accelerator
 from dft.errors import UserError
 from dft.files import path_argument

@@ -4,15 +4,12 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dft.data.prepared import PreparedData
 from dft.data.report import report_cells, report_notes, report_warnings, runs
+from dft.data.tables import histogram
 from dft.printable import printable
-
-BARS = 40
-WIDTH, HEIGHT, FOOT = 720, 160, 20  # of the histogram, in pixels
 
 PAGE = Template("""\
 <!doctype html>
@@ -67,25 +64,3 @@ def write_page(data: PreparedData, tokenizer: PreTrainedTokenizerBase, path: Pat
         samples="\n".join(samples),
     )
     path.write_text(page, encoding="utf-8")
-
-
-def histogram(lengths: np.ndarray) -> str:
-    """An SVG of how many rows have which length."""
-    counts, borders = np.histogram(lengths, bins=min(BARS, max(1, int(np.ptp(lengths)))))
-    width = WIDTH / len(counts)
-    bars = []
-    for i, count in enumerate(counts):
-        height = HEIGHT * count / counts.max()
-        title = f"<title>{count:,} rows of {borders[i]:,.0f} to {borders[i + 1]:,.0f} tokens</title>"
-        place = f'x="{i * width:.1f}" y="{HEIGHT - height:.1f}" width="{max(width - 1, 1):.1f}" height="{height:.1f}"'
-        bars.append(f"<rect {place}>{title}</rect>")
-    labels = [
-        f'<text x="{x}" y="{HEIGHT + FOOT - 4}" text-anchor="{anchor}">{length:,.0f}</text>'
-        for x, anchor, length in (
-            (0, "start", borders[0]),
-            (WIDTH / 2, "middle", (borders[0] + borders[-1]) / 2),
-            (WIDTH, "end", borders[-1]),
-        )
-    ]
-    labels.append(f'<text x="{WIDTH}" y="12" text-anchor="end">highest bar: {counts.max():,} rows</text>')
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT + FOOT}" width="{WIDTH}" role="img">{"".join(bars + labels)}</svg>'

@@ -19,9 +19,9 @@ from dft.data.worker_pool import WorkerPool
 from dft.errors import UserError
 from dft.reading.discovery import DataFile
 from dft.reading.formats import RowReader
-from dft.reading.messages import is_empty
 from dft.reading.raw_rows import read_rows
 from dft.reading.rows import Conversation, RawRow, RejectedRow, RowError
+from dft.reading.untrainable import reject, reject_untrainable
 
 ROWS_PER_TASK = 256
 CHARACTERS_PER_TASK = 1 << 21
@@ -36,26 +36,6 @@ class TokenSettings:
     chat_format: ChatFormat
     max_length: int
     truncation: Truncation
-
-
-# ---- refusing -----------------------------------------------------------------------------------
-
-
-def reject_untrainable(row: Conversation | RejectedRow) -> Conversation | RejectedRow:
-    """The row itself, or its rejection if the assistant says nothing in it."""
-    if isinstance(row, RejectedRow):
-        return row
-    turns = [m for m in row.messages if m["role"] == "assistant"]
-    if not turns:
-        return reject(row, "no_assistant_turn", "no message of the role assistant")
-    if all(map(is_empty, turns)):
-        return reject(row, "no_assistant_text", "every assistant message is empty")
-    return row
-
-
-def reject(row: Conversation, reason: str, detail: str) -> RejectedRow:
-    """The rejection of a well-formed row that can't be trained on."""
-    return RejectedRow(row.path, row.line, reason, detail, row.row, is_malformed=False)
 
 
 # ---- reading ------------------------------------------------------------------------------------

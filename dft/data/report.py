@@ -15,6 +15,7 @@ from dft.chat.remarks import EMPTY_TURN, TURN_WITHOUT_THINKING, describe_remark
 from dft.constants import IGNORE_INDEX
 from dft.data.names import file_labels
 from dft.data.rejection_log import DROPPED_ON_REQUEST
+from dft.data.tables import aligned
 from dft.printable import printable
 
 PERCENTILES = {"min": 0, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "p99": 99, "max": 100}
@@ -193,18 +194,6 @@ def report_warnings(report: dict[str, Any]) -> list[str]:
 def report_table(report: dict[str, Any]) -> str:
     """The report as text."""
     return "\n".join(aligned(report_cells(report), num_left=2) + report_notes(report))
-
-
-def aligned(cells: list[tuple[str, ...]], num_left: int) -> list[str]:
-    """The lines of a table: the first `num_left` columns to the left, the others, numbers, to the right."""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if i < num_left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in cells
-    ]
 
 
 # ---- sample rows --------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ class RowReader:
         text = raw.text
         try:
             row = parse(raw)
-            text = text or json.dumps(row, ensure_ascii=False, default=str)
+            text = text or written_row(row)
             messages, tools, template_kwargs = self._columns(row)
         except RowError as error:
             return RejectedRow(self.path, raw.line, error.reason, error.detail, text, is_malformed=True)
@@ -139,6 +139,11 @@ def parse(raw: RawRow) -> Any:
     if raw.value is not None:
         return _without_nulls(raw.value)
     return decode(raw.text)
+
+
+def written_row(value: Any) -> str:
+    """A row of Parquet as a line of JSON; what JSON has no type for, such as a date, is written as a text."""
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _without_nulls(value: Any) -> Any:

@@ -23,12 +23,12 @@ from dft.data import build
 from dft.data import cache as data_cache
 from dft.data.cache import cached
 from dft.data.page import write_page
-from dft.data.pipeline import reject_untrainable
 from dft.data.report import report_table, report_warnings, show_row
 from dft.data.show import show_data
 from dft.errors import UserError
 from dft.reading.rows import Conversation, RejectedRow
 from dft.reading.strict_json import MAX_NESTING
+from dft.reading.untrainable import reject_untrainable
 from tests.helpers import CHATML_TEMPLATE, ROOT, run, write_jsonl
 
 

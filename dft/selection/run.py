@@ -1,0 +1,93 @@
+"""One selection, from the files to the output directory."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from dft.config.data import FORMATS, ROLES
+from dft.errors import UserError
+from dft.files import path_argument
+from dft.printable import printable
+from dft.selection.inputs import InputFile, find_inputs, read_inputs
+from dft.selection.method import Command, Decide, Decision
+from dft.selection.outputs import PAGE, REPORT, check_output, published
+from dft.selection.page import page
+from dft.selection.report import make_report, table
+from dft.selection.writing import RowWriter
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that every command has."""
+    parser.add_argument("--data_files", nargs="+", required=True, help="files, directories, globs to select from")
+    parser.add_argument("--data_format", choices=("auto", *FORMATS), default="auto", help="by default told by columns")
+    parser.add_argument("--role_map", nargs="+", default=[], metavar="NAME=ROLE", help="other names of roles")
+    parser.add_argument("--output", type=path_argument, required=True, help="directory to write to")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier selection in that directory")
+
+
+def role_map_of(words: list[str]) -> dict[str, str]:
+    """{name: role} of NAME=ROLE.
+
+    Raises:
+        UserError: a word is of another form, or names no role.
+    """
+    pairs = [word.rpartition("=") for word in words]
+    for word, (name, _, role) in zip(words, pairs, strict=True):
+        if not name or role not in ROLES:
+            raise UserError(f"--role_map {word}: write NAME=ROLE, with a ROLE of {', '.join(ROLES)}")
+    return {name: role for name, _, role in pairs}
+
+
+def run(command: Command, args: argparse.Namespace) -> str:
+    """Selects, writes the output directory, and returns what to print.
+
+    Raises:
+        UserError: a flag, a file or the output can't be used, or no row is valid. Nothing is written then.
+    """
+    role_map = role_map_of(args.role_map)
+    decide = command.method(args)
+    files = find_inputs(args.data_files)
+    check_output(args.output, files, args.overwrite)
+    decision = _decide(decide, files, args.data_format, role_map)
+    report = _write(command, args, files, decision)
+    lines = [table(report), f"kept rows: {printable(args.output)}/kept", f"report: {printable(args.output)}/{PAGE}"]
+    return "\n".join(lines)
+
+
+def _decide(decide: Decide, files: list[InputFile], data_format: str, role_map: dict[str, str]) -> Decision:
+    decision = decide(read_inputs(files, data_format, role_map))
+    rows = sum(file.rows_read - len(file.dropped) for file in files)
+    assert len(decision.verdicts) == rows, f"{len(decision.verdicts)} verdicts for {rows} rows"
+    if rows == 0:
+        file = next(file for file in files if file.dropped)
+        first = next(iter(file.dropped.values()))
+        raise UserError(
+            f"no row of --data_files can be trained on, the first because: {printable(file.path)}: {first.detail}"
+        )
+    if all(verdict.reason for verdict in decision.verdicts):
+        decision.notes.append("No row is left: loosen the settings.")
+    return decision
+
+
+def _write(command: Command, args: argparse.Namespace, files: list[InputFile], decision: Decision) -> dict[str, Any]:
+    """Writes the directory; returns the report."""
+    settings = {name: _plain(value) for name, value in vars(args).items() if name != "command"}
+    with published(args.output) as directory:
+        writer = RowWriter(iter(decision.verdicts), directory)
+        report = make_report(command.name, settings, writer.write(files), decision)
+        for name, objects in decision.tables.items():
+            lines = (json.dumps(item, ensure_ascii=False) + "\n" for item in objects)
+            _write_text(directory / name, "".join(lines))
+        _write_text(directory / PAGE, page(report, decision, writer.examples))
+        written = sorted({REPORT, *(path.name for path in directory.iterdir())})
+        _write_text(directory / REPORT, json.dumps({**report, "written": written}, indent=1) + "\n")
+    return report
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
