@@ -11,11 +11,11 @@ import argparse
 
 from dft.printable import printable
 from dft.program import program
-from dft.selection import clean
+from dft.selection import clean, ifd
 from dft.selection.run import add_common_arguments, run
 from dist_logger import setup_logging
 
-COMMANDS = {command.name: command for command in (clean.COMMAND,)}
+COMMANDS = {command.name: command for command in (clean.COMMAND, ifd.COMMAND)}
 
 
 def main(argv: list[str] | None = None) -> None:
