@@ -11,11 +11,14 @@ import argparse
 
 from dft.printable import printable
 from dft.program import program
-from dft.selection import clean, ifd
+from dft.selection import clean, diversity, ifd, ifd_seed, quality
 from dft.selection.run import add_common_arguments, run
 from dist_logger import setup_logging
 
-COMMANDS = {command.name: command for command in (clean.COMMAND, ifd.COMMAND)}
+COMMANDS = {
+    command.name: command
+    for command in (clean.COMMAND, ifd.COMMAND, ifd_seed.COMMAND, quality.COMMAND, diversity.COMMAND)
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -26,7 +29,9 @@ def main(argv: list[str] | None = None) -> None:
     """
     args = parse(argv)
     setup_logging()
-    print(printable(run(COMMANDS[args.command], args), lines=True))
+    summary = run(COMMANDS[args.command], args)
+    if summary:  # of the first process
+        print(printable(summary, lines=True))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

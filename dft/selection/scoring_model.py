@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, logging
 
 from dft.batching.attention import choose_attention
 from dft.batching.collators import FlatteningCollator, PaddingCollator, document_lengths
@@ -126,6 +126,7 @@ def load_scoring_model(
         UserError: it can't be loaded, see load_trained.
     """
     place = join_ranks(device)
+    logging.disable_progress_bar()
     trained = load_trained(directory, place, dtype, trust_remote_code)
     model = trained.model
     attention = choose_attention("auto", model.config, model.dtype.itemsize == 2)
