@@ -32,6 +32,7 @@ class IfdSeedConfig:
         warmup_rows: of each cluster, or all where it has fewer.
         seed: of the clusters and of the draw.
         max_length: longer instructions are cut, in tokens.
+        kept: where the chosen rows will be, for the command that trains on them.
     """
 
     model: ModelFlags
@@ -39,6 +40,7 @@ class IfdSeedConfig:
     warmup_rows: int = 10
     seed: int = 42
     max_length: int = 8192
+    kept: str = "OUTPUT/kept"
 
     def __post_init__(self):
         check_max_length(self.max_length)
@@ -66,7 +68,7 @@ def ifd_seed(config: IfdSeedConfig) -> Decide:
         verdicts = [_verdict(int(c), bool(k)) for c, k in zip(cluster, chosen, strict=True)]
         note = (
             "Now train for one epoch: bash scripts/train.sh --model_name_or_path "
-            f"{printable(config.model.directory)} --data_files OUTPUT/kept --num_train_epochs 1"
+            f"{printable(config.model.directory)} --data_files {printable(config.kept)} --num_train_epochs 1"
         )
         return Decision(verdicts, facts={"clusters": len(np.unique(of_embedded))}, notes=[note])
 
@@ -99,7 +101,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _method(args: argparse.Namespace) -> Decide:
     flags = ModelFlags.of(args, args.model, "--model")
-    return ifd_seed(IfdSeedConfig(flags, args.warmup_clusters, args.warmup_rows, args.seed, args.max_length))
+    settings = (args.warmup_clusters, args.warmup_rows, args.seed, args.max_length)
+    return ifd_seed(IfdSeedConfig(flags, *settings, kept=f"{args.output}/kept"))
 
 
 COMMAND = Command("ifd-seed", "choose rows to train on before IFD", __doc__, _add_arguments, _method)

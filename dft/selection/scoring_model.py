@@ -99,6 +99,8 @@ class ScoringModel:
         return torch.stack([document.mean(0) for document in hidden[0].split(lengths)])
 
     def _inputs(self, rows: list[Row]) -> dict[str, Any]:
+        if self.is_padded:  # transformers' collator takes arrays one number at a time
+            rows = [{name: values.tolist() for name, values in row.items()} for row in rows]
         batch = self._collator(rows)
         inputs = {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
         self._leak_check(self.model, {name: value for name, value in inputs.items() if name != "labels"})
