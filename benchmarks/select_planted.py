@@ -16,14 +16,16 @@ from dft.reading.rows import Conversation
 from examples.make_example_data import ANTONYMS_ZH, CAPITALS, CAPITALS_ZH, ELEMENTS
 from examples.make_tiny_model import make_model, make_tokenizer
 
-WORDINGS = 10  # of each question
+OPENINGS = ("", "Hello! ", "One more: ", "Quickly. ")  # of each question
+WORDINGS = 40  # of each question, with its openings
 RATE = 2e-3
 SUBJECTS = {  # of what is asked: the facts, wordings of the question, wordings of the answer
     "capitals": (
         CAPITALS,
         ("What is the capital of {0}?", "Name the capital city of {0}.", "{0}: what is its capital?",
          "Capital of {0}?", "Which city is the capital of {0}?", "Tell me the capital of {0}, please.",
-         "I need the capital of {0}.", "Where does the government of {0} sit?", "{0}. Its capital, please!", "Do you know the capital of {0}?"),
+         "I need the capital of {0}.", "Where does the government of {0} sit?", "{0}. Its capital, please!",
+         "Do you know the capital of {0}?"),
         ("The capital of {0} is {1}.", "{1} is the capital of {0}.", "It is {1}."),
     ),
     "elements": (
@@ -50,15 +52,15 @@ SUBJECTS = {  # of what is asked: the facts, wordings of the question, wordings 
 
 
 def make_rows(seed: int) -> tuple[list[Conversation], list[Conversation]]:
-    """All facts in all wordings of the question, with one of the answer, in two halves."""
-    rng = np.random.default_rng(seed)
+    """All facts in all wordings of the question, each of which has one of the answer, in two halves."""
     rows = []
     for facts, questions, answers in SUBJECTS.values():
         for fact in facts.items():
-            for question in questions:
-                texts = (question.format(*fact), answers[rng.integers(len(answers))].format(*fact))
-                rows.append(conversation(*texts, len(rows)))
-    order = rng.permutation(len(rows))
+            for number, question in enumerate(questions):
+                answer = answers[number % len(answers)].format(*fact)
+                for opening in OPENINGS:
+                    rows.append(conversation(opening + question.format(*fact), answer, len(rows)))
+    order = np.random.default_rng(seed).permutation(len(rows))
     half = len(rows) // 2
     return [rows[i] for i in order[:half]], [rows[i] for i in order[half:]]
 
@@ -85,7 +87,7 @@ def train(rows: list[Conversation], epochs: int, directory: Path) -> None:
     """Writes a small model that has been trained on rows for some epochs, in batches of 32, and its tokenizer."""
     corpus = (message["content"] for row in rows for message in row.messages)
     tokenizer = make_tokenizer(corpus, vocab_size=1000)
-    model = make_model(1000, hidden_size=128, num_layers=3)
+    model = make_model(1000, hidden_size=96, num_layers=2)
     register()
     model.set_attn_implementation(VARLEN)
     examples = ChatFormat(tokenizer).encode_batch((row.messages, None, None) for row in rows)

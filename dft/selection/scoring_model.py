@@ -23,7 +23,10 @@ from dft.loss.token_weight import TokenWeight
 from dft.model.fit import check_positions, check_vocabulary
 from dft.model.trained import load_trained
 
-CHUNK_MB = 64.0  # of logits at once
+# MB of logits at once. On a processor, memory for more than some 30 MB comes from the system anew each time, which takes
+# longer than computing the logits
+CHUNK_MB = {"cpu": 16.0}
+CHUNK_MB_ELSEWHERE = 256.0
 Row = dict[str, Any]  # input_ids and labels, int32 [T]
 
 
@@ -45,7 +48,7 @@ class ScoringModel:
 
     @cached_property
     def _scorer(self) -> Scorer:
-        return Scorer(self.model, "auto", CHUNK_MB)
+        return Scorer(self.model, "auto", CHUNK_MB.get(self.device.type, CHUNK_MB_ELSEWHERE))
 
     @cached_property
     def _leak_check(self) -> LeakCheck:
