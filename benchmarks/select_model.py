@@ -141,7 +141,7 @@ def speeds(directory: Path, num_rows: int, rounds: int) -> dict[str, Any]:
     facts_model = load_scoring_model(directory / "trained", "cpu")
     return {
         "chats": speed(chats, random_model(directory / "random"), rounds),
-        "short": speed(make_rows(seed=0)[1][: 10 * num_rows], facts_model, rounds),
+        "short": speed(make_rows(seed=0)[1][: 50 * num_rows], facts_model, rounds),
     }
 
 
@@ -216,8 +216,8 @@ def describe(found: dict[str, Any], about: dict[str, Any]) -> str:
             f"IFD by a small model that was trained for {planted['epochs']} epochs on the other half of the rows; "
             f"{planted['rows']} rows are scored.",
             markdown_table(first),
-            f"Tokens are those of both passes. Chats: a model of 4 layers, vocabulary {VOCABULARY:,}. Short: the model "
-            "that was trained, vocabulary 1,000.",
+            f"Tokens are those of both passes. Chats: a model of 4 layers, vocabulary {VOCABULARY:,}. Short: the "
+            "model that was trained, vocabulary 1,000.",
             markdown_table(second),
             f"K-center greedy: {centers['picks']:,} of {centers['rows']:,} embeddings of 1,024 dimensions. Plain "
             f"greedy is measured for {centers['plain_picks']} picks, and each pick takes the same time.",

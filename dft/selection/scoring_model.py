@@ -23,7 +23,7 @@ from dft.loss.token_weight import TokenWeight
 from dft.model.fit import check_positions, check_vocabulary
 from dft.model.trained import load_trained
 
-# MB of logits at once. On a processor, memory for more than some 30 MB comes from the system anew each time, which takes
+# MB of logits at once. On a processor, more memory than some 30 MB comes from the system anew each time, which takes
 # longer than computing the logits
 CHUNK_MB = {"cpu": 16.0}
 CHUNK_MB_ELSEWHERE = 256.0
