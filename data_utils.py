@@ -7,6 +7,9 @@
     rows = [row for row in load_conversations(["chats.jsonl"]) if isinstance(row, Conversation)]
     dataset, rejected = tokenize_dataset(rows, ChatFormat(tokenizer), max_length=8192)
 
+    kept, dropped = clean_rows(rows, CleanConfig(min_characters=50))      # as scripts/select_data.py
+    clusters = near_duplicates(kept)
+
 A row's way: dft/reading makes a conversation of it, dft/chat its token ids and labels, dft/data a row of a dataset.
 """
 
@@ -28,6 +31,10 @@ from dft.distributed import once_per_node
 from dft.reading.formats import read_file
 from dft.reading.rows import Conversation, RejectedRow
 from dft.reading.untrainable import reject_untrainable
+from dft.selection.clean import CleanConfig as CleanConfig
+from dft.selection.clean import clean_rows as clean_rows
+from dft.selection.contamination import contaminated_rows as contaminated_rows
+from dft.selection.near_duplicates import near_duplicates as near_duplicates
 
 # settings that don't change what is in the cache, or that are in its key in another form
 NOT_IN_KEY = {

@@ -11,14 +11,12 @@ import argparse
 
 from dft.printable import printable
 from dft.program import program
-from dft.selection import clean, diversity, ifd, ifd_seed, quality
+from dft.selection import clean, contamination, diversity, ifd, ifd_seed, near_duplicates, quality
 from dft.selection.run import add_common_arguments, run
 from dist_logger import setup_logging
 
-COMMANDS = {
-    command.name: command
-    for command in (clean.COMMAND, ifd.COMMAND, ifd_seed.COMMAND, quality.COMMAND, diversity.COMMAND)
-}
+METHODS = (clean, near_duplicates, contamination, ifd_seed, ifd, quality, diversity)
+COMMANDS = {method.COMMAND.name: method.COMMAND for method in METHODS}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -32,6 +32,7 @@ OTHERS = [
     "docs/objectives.md",
     "docs/adapters.md",
     "docs/scaling.md",
+    "docs/selection.md",
     "ds_config/README.md",
     "examples/eval/README.md",
 ]
@@ -41,7 +42,8 @@ MADE_BY_A_RUN = {  # named in the documents, made when the program runs
     "trainer_state.json", "training_args.json", "train_distributed.log", "my_run.yaml", "more.json", "train.jsonl",
     "eval.jsonl", "chats.jsonl", "tracker_ids.json", "my_rows.jsonl",
     "run.json", "test.jsonl", "manifest.json", "manifest-8.json", "eval_results.json", "generation_config.json",
-    "adapter_config.json", "adapter_model.safetensors",
+    "adapter_config.json", "adapter_model.safetensors", "dropped.jsonl", "selection_report.json", "clusters.jsonl",
+    "pii.jsonl", "evaluation_rows_found.jsonl",
 }  # fmt: skip
 FLAGS_OF_OTHERS = {
     *("--help", "--size"),  # of all programs, of a benchmark
@@ -54,6 +56,10 @@ FLAGS_OF_OTHERS = {
     *("--batch_size", "--output_path", "--log_samples", "--metadata"),
     *("--gpus", "--gpu_memory", "--method", "--zero_stage", "--offload"),  # of estimate_memory.py
     *("--supervised", "--lora_r", "--quick"),
+    *("--overwrite", "--min_characters", "--max_characters", "--min_turns", "--max_turns"),  # of select_data.py
+    *("--max_repeated_lines", "--max_repeated_ngrams", "--max_top_ngram", "--ngram", "--min_entropy"),
+    *("--max_entropy", "--languages", "--refusals", "--pii", "--threshold", "--shingle", "--num_perm", "--part"),
+    *("--short_ngram", "--min_overlap", "--max_rows_per_ngram", "--copied_share"),
 }
 OPTIONS = set(known_options(load_listing()))
 
@@ -196,7 +202,7 @@ def test_constraints_cover_the_requirements():
     pinned = dict(line.lower().split("==") for line in text_of("constraints.txt").splitlines() if "==" in line)
     project = tomllib.loads(text_of("pyproject.toml"))["project"]
     extras = project["optional-dependencies"]
-    assert set(extras) == {"adapters", "dev", "bench"}
+    assert set(extras) == {"adapters", "dev", "bench", "selection"}
     requirements = [line.split("#")[0].strip() for line in text_of("requirements.txt").splitlines()]
     for requirement in [*filter(None, requirements), *sum(extras.values(), [])]:
         package = re.split(r"[<>=\[; ]", requirement)[0].lower()

@@ -70,6 +70,13 @@ def test_rooms_are_in_the_order_of_a_rows_way():
                 assert not {room_of(other) for other in imported} & set(later), name
 
 
+def test_only_programs_and_the_selection_itself_import_the_selection():
+    """It is done before a training, which must not depend on it."""
+    for name, imported in IMPORTS.items():
+        if name not in TOP_LEVEL and room_of(name) != "selection":
+            assert "selection" not in {room_of(other) for other in imported}, name
+
+
 def test_no_module_and_no_room_imports_itself_through_others():
     list(TopologicalSorter(IMPORTS).static_order())  # raises CycleError
     rooms: dict[str, set[str]] = {}

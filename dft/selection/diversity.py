@@ -19,7 +19,7 @@ from dft.errors import UserError
 from dft.files import path_argument
 from dft.printable import printable
 from dft.reading.rows import Conversation
-from dft.selection.inputs import InputFile, find_inputs, read_inputs
+from dft.selection.inputs import InputFile, find_inputs, read_inputs, role_map_of
 from dft.selection.method import Command, Decide, Decision, Verdict
 from dft.selection.model_flags import ModelFlags, add_model_arguments, check_max_length
 
@@ -37,6 +37,7 @@ class DiversityConfig:
         num_rows, radius: at least one is given; see k_center_greedy.
         seed_files: rows that count as kept; with `embeddings`, those of `seed_embeddings` do.
         max_length: longer instructions are cut, in tokens.
+        data_format, role_map: of the seed files.
     """
 
     model: ModelFlags | None = None
@@ -47,6 +48,7 @@ class DiversityConfig:
     seed_embeddings: Path | None = None
     max_length: int = 8192
     data_format: str = "auto"
+    role_map: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
         check_max_length(self.max_length)
@@ -96,7 +98,7 @@ def _embeddings(rows: list[Conversation], config: DiversityConfig) -> tuple[np.n
         return np.arange(len(rows)), found, seeds
     texts = [instruction(row) for row in rows]
     embedded = np.flatnonzero([bool(text) for text in texts])
-    of_seeds = [instruction(row) for row in read_inputs(config.seed_files, config.data_format, {})]
+    of_seeds = [instruction(row) for row in read_inputs(config.seed_files, config.data_format, config.role_map)]
     of_seeds = [text for text in of_seeds if text]
     found = embed([texts[i] for i in embedded] + of_seeds, config.model, config.max_length)
     return embedded, found[: len(embedded)], found[len(embedded) :] if of_seeds else None
@@ -153,6 +155,7 @@ def _method(args: argparse.Namespace) -> Decide:
         seed_embeddings=args.seed_embeddings,
         max_length=args.max_length,
         data_format=args.data_format,
+        role_map=role_map_of(args.role_map),
     )
     return diversity(config)
 

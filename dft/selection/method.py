@@ -16,7 +16,7 @@ class Verdict:
     reason: str = ""  # a short name to count by; "" keeps the row
     detail: str = ""  # why, for people
     score: float | None = None  # what the decision was made by
-    text: str | None = None  # one line of JSON that is written instead of the row; None: the row word for word
+    text: str | None = None  # JSON that is written instead of the row; None: the row word for word
 
 
 KEPT = Verdict()

@@ -26,9 +26,12 @@ def check_output(path: Path, files: list[InputFile], overwrite: bool) -> None:
         UserError: it holds something else, a selection that may not be replaced, or a file that is read.
     """
     flag = f"--output {printable(path)}"
-    inside = [file.path for file in files if Path(os.path.realpath(file.path)).is_relative_to(os.path.realpath(path))]
+    inside = [file.path for file in files if Path(file.real_path).is_relative_to(os.path.realpath(path))]
     if inside:
         raise UserError(f"{flag} holds {printable(inside[0])}, which is read: give another directory")
+    parent = next(directory for directory in path.absolute().parents if directory.exists())
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"{flag} can't be written: {printable(parent)} allows no new files")
     if not path.exists():
         return
     if not path.is_dir():

@@ -5,12 +5,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dft.config.data import FORMATS, ROLES
+from dft.config.data import FORMATS
 from dft.errors import UserError
 from dft.files import path_argument
 from dft.printable import printable
 from dft.program import rank_and_world_size
-from dft.selection.inputs import InputFile, find_inputs, read_inputs
+from dft.selection.inputs import InputFile, find_inputs, read_inputs, role_map_of
 from dft.selection.method import Command, Decide, Decision
 from dft.selection.outputs import PAGE, REPORT, check_output, published
 from dft.selection.page import page
@@ -25,19 +25,6 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--role_map", nargs="+", default=[], metavar="NAME=ROLE", help="other names of roles")
     parser.add_argument("--output", type=path_argument, required=True, help="directory to write to")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier selection in that directory")
-
-
-def role_map_of(words: list[str]) -> dict[str, str]:
-    """{name: role} of NAME=ROLE.
-
-    Raises:
-        UserError: a word is of another form, or names no role.
-    """
-    pairs = [word.rpartition("=") for word in words]
-    for word, (name, _, role) in zip(words, pairs, strict=True):
-        if not name or role not in ROLES:
-            raise UserError(f"--role_map {word}: write NAME=ROLE, with a ROLE of {', '.join(ROLES)}")
-    return {name: role for name, _, role in pairs}
 
 
 def run(command: Command, args: argparse.Namespace) -> str:

@@ -94,7 +94,7 @@ class RowWriter:
                     )
                     result.dropped[verdict.reason] += 1
                 else:
-                    kept.write((verdict.text or on_one_line(text_of(raw))) + "\n")
+                    kept.write(on_one_line(verdict.text or text_of(raw)) + "\n")
                     result.kept += 1
                     result.rewritten += verdict.text is not None
         if result.rows_read != file.rows_read or state_of(file.path) != file.state:
