@@ -61,7 +61,7 @@ FLAGS_OF_OTHERS = {
     *("--max_entropy", "--languages", "--refusals", "--pii", "--threshold", "--shingle", "--num_perm", "--part"),
     *("--keep_share", "--min_ratio", "--max_ratio", "--tokens_at_once", "--cache_dir", "--warmup_clusters"),
     *("--warmup_rows", "--reward_model", "--label", "--alpha", "--num_rows", "--radius", "--embeddings"),
-    *("--seed_files", "--seed_embeddings"),
+    *("--seed_files", "--seed_embeddings", "--nproc-per-node"),
     *("--short_ngram", "--min_overlap", "--max_rows_per_ngram", "--copied_share"),
 }
 OPTIONS = set(known_options(load_listing()))

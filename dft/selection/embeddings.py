@@ -67,7 +67,7 @@ def mean_hidden_states(
         return model.mean_hidden([ids[index] for index in batch]).cpu().numpy()
 
     lengths = np.array([len(row) for row in ids])
-    directory = shard_directory(cache, "embeddings", Path(model.name), ids, model.settings)
+    directory = shard_directory(cache, "embeddings", model.directories, ids, model.settings)
     found = compute_rows(lengths, hidden, tokens_at_once, directory)
     if not np.isfinite(found).all():
         raise UserError(f"{model.name} gives hidden states that aren't finite: its weights are damaged")

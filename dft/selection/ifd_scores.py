@@ -87,7 +87,7 @@ def ifd_scores(
         return np.array([-log_p.sum(dtype=np.float64) for log_p in score_batch(rows, batch, model.log_p)])
 
     seen = [np.stack([row["input_ids"], row["labels"]]) for row in rows]
-    directory = shard_directory(cache, "ifd", Path(model.name), seen, model.settings)
+    directory = shard_directory(cache, "ifd", model.directories, seen, model.settings)
     sums = compute_rows(lengths, nll, tokens_at_once, directory)
     if not np.isfinite(sums).all():
         raise UserError(f"{model.name} gives log-probabilities that aren't finite: its weights are damaged")

@@ -104,20 +104,22 @@ def _tell(done: int, total: int, tokens_per_second: float) -> None:
 
 
 def shard_directory(
-    cache: Path | None, kind: str, model: Path, rows: Sequence[np.ndarray], settings: dict[str, Any]
+    cache: Path | None, kind: str, models: Sequence[Path], rows: Sequence[np.ndarray], settings: dict[str, Any]
 ) -> Path:
     """The directory for the shards of these rows by this model.
 
     Args:
         cache: holds the directories; by default one beside datasets' cache.
         kind: of what is computed.
-        model: a directory, whose files are told by their names, sizes and times.
+        models: directories, whose files are told by their names, sizes and times: an adapter's and its base model's.
         rows: arrays that say all that the model sees of each row.
         settings: what decides over the numbers beside the model and the rows, as JSON values.
     """
-    files = sorted(file for pattern in WEIGHT_FILES for file in model.glob(pattern))
+    files = sorted(file for model in models for pattern in WEIGHT_FILES for file in model.glob(pattern))
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    told = json.dumps([kind, str(model.resolve()), facts, settings, SHARD_TOKENS], sort_keys=True)
+    told = json.dumps(
+        [kind, [str(model.resolve()) for model in models], facts, settings, SHARD_TOKENS], sort_keys=True
+    )
     digest = hashlib.blake2b(told.encode(errors="backslashreplace"), digest_size=16)
     for row in rows:
         digest.update(f"{len(row)} ".encode() + np.ascontiguousarray(row).tobytes())

@@ -77,7 +77,7 @@ class RewardModel:
         self._check([np.array(item["input_ids"]) for item in items])
         seen = [np.concatenate([np.array(value, dtype=np.int32) for value in item.values()]) for item in items]
         settings = {"label": self.label, "dtype": str(self.model.dtype)}
-        directory = shard_directory(cache, "quality", self.name, seen, settings)
+        directory = shard_directory(cache, "quality", [self.name], seen, settings)
         lengths = np.array([len(item["input_ids"]) for item in items], dtype=np.int64)
         found = compute_rows(lengths, lambda batch: self._scores([items[i] for i in batch]), tokens_at_once, directory)
         if not np.isfinite(found).all():

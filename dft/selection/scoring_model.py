@@ -59,6 +59,12 @@ class ScoringModel:
         return PaddingCollator(self.tokenizer) if self.is_padded else FlatteningCollator()
 
     @property
+    def directories(self) -> list[Path]:
+        """Where the model's files are, and those of an adapter's base model."""
+        base = self.base.config._name_or_path
+        return [Path(name) for name in dict.fromkeys((self.name, base or self.name))]
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What decides over the numbers beside the model's files and the rows, as JSON values."""
         return {"dtype": str(self.model.dtype)}

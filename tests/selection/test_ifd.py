@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from data_utils import load_conversations
 from dft.chat.format import ChatFormat
@@ -13,6 +14,7 @@ from dft.errors import UserError
 from dft.reading.rows import Conversation
 from dft.selection import ifd_scores as module
 from dft.selection import model_rows
+from dft.selection.embeddings import instruction, mean_hidden_states
 from dft.selection.ifd import COMMAND, IfdConfig, highest, ifd
 from dft.selection.ifd_scores import answer_pairs, before_answer, ifd_scores
 from dft.selection.method import apply
@@ -95,6 +97,28 @@ def test_the_size_of_batches_changes_nothing(conversations, model, expected, tok
 def test_padded_batches_give_the_same(conversations, model, expected, tmp_path):
     padded = ScoringModel(model.name, model.model, model.base, model.tokenizer, model.device, is_padded=True)
     assert error(ifd_scores(conversations, padded, cache=tmp_path), expected) < 1e-5
+
+
+def test_an_adapter_scores_as_the_model_with_it_merged(conversations, model, expected, tiny_model, tmp_path):
+    peft = pytest.importorskip("peft")
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(base, peft.LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    model.tokenizer.save_pretrained(tmp_path / "merged")
+    found = [
+        ifd_scores(conversations[:20], load_scoring_model(tmp_path / name, "cpu"), cache=tmp_path / "cache")
+        for name in ("adapter", "merged")
+    ]
+    np.testing.assert_allclose(found[0].ratio, found[1].ratio, rtol=1e-4)
+    assert np.abs(found[0].alone / expected[:20, 1] - 1).max() > 1e-3  # the adapter changes the model
+    texts = [instruction(row) for row in conversations[:20]]
+    hidden = [
+        mean_hidden_states(texts, load_scoring_model(tmp_path / name, "cpu"), cache=tmp_path / "cache")
+        for name in ("adapter", "merged")
+    ]
+    np.testing.assert_allclose(hidden[0], hidden[1], rtol=1e-3, atol=1e-4)
 
 
 def sees_instruction(example, skipped, before):
