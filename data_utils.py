@@ -34,6 +34,7 @@ from dft.reading.untrainable import reject_untrainable
 from dft.selection.clean import CleanConfig as CleanConfig
 from dft.selection.clean import clean_rows as clean_rows
 from dft.selection.contamination import contaminated_rows as contaminated_rows
+from dft.selection.k_center import k_center_greedy as k_center_greedy
 from dft.selection.near_duplicates import near_duplicates as near_duplicates
 
 # settings that don't change what is in the cache, or that are in its key in another form

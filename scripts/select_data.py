@@ -11,11 +11,12 @@ import argparse
 
 from dft.printable import printable
 from dft.program import program
-from dft.selection import clean, contamination, near_duplicates
+from dft.selection import clean, contamination, diversity, ifd, ifd_seed, near_duplicates, quality
 from dft.selection.run import add_common_arguments, run
 from dist_logger import setup_logging
 
-COMMANDS = {command.name: command for command in (clean.COMMAND, near_duplicates.COMMAND, contamination.COMMAND)}
+METHODS = (clean, near_duplicates, contamination, ifd_seed, ifd, quality, diversity)
+COMMANDS = {method.COMMAND.name: method.COMMAND for method in METHODS}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -26,7 +27,9 @@ def main(argv: list[str] | None = None) -> None:
     """
     args = parse(argv)
     setup_logging()
-    print(printable(run(COMMANDS[args.command], args), lines=True))
+    summary = run(COMMANDS[args.command], args)
+    if summary:  # of the first process
+        print(printable(summary, lines=True))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -9,6 +9,7 @@ from dft.config.data import FORMATS
 from dft.errors import UserError
 from dft.files import path_argument
 from dft.printable import printable
+from dft.program import rank_and_world_size
 from dft.selection.inputs import InputFile, find_inputs, read_inputs, role_map_of
 from dft.selection.method import Command, Decide, Decision
 from dft.selection.outputs import PAGE, REPORT, check_output, published
@@ -27,7 +28,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(command: Command, args: argparse.Namespace) -> str:
-    """Selects, writes the output directory, and returns what to print.
+    """Selects, writes the output directory, and returns what to print. The first process of a launcher writes.
 
     Raises:
         UserError: a flag, a file or the output can't be used, or no row is valid. Nothing is written then.
@@ -37,6 +38,8 @@ def run(command: Command, args: argparse.Namespace) -> str:
     files = find_inputs(args.data_files)
     check_output(args.output, files, args.overwrite)
     decision = _decide(decide, files, args.data_format, role_map)
+    if rank_and_world_size()[0] > 0:
+        return ""
     report = _write(command, args, files, decision)
     lines = [table(report), f"kept rows: {printable(args.output)}/kept", f"report: {printable(args.output)}/{PAGE}"]
     return "\n".join(lines)
