@@ -65,8 +65,8 @@ def model_card(about: dict[str, Any], report: dict[str, Any], args: TrainingArgu
 
 {_data_table(report)}
 
-{_held_out(about)}
-
+{_held_out(about, in_stages="stages" in report)}
+{_stages_table(report)}
 ## Training
 
 {_table(("setting", "value"), _settings(about, args))}
@@ -170,12 +170,28 @@ def _data_table(report: dict[str, Any]) -> str:
     return _table(("file", "rows read", "rows used", "tokens", "supervised tokens"), lines)
 
 
-def _held_out(about: dict[str, Any]) -> str:
+def _stages_table(report: dict[str, Any]) -> str:
+    """The stages of the training with their sources, between empty lines; "" if it had none."""
+    lines = [
+        (
+            stage["name"],
+            f"{stage['steps']:,}",
+            f"{stage['rows']:,}",
+            ", ".join(f"{source} × {seen['times_seen']:.3g}" for source, seen in stage["sources"].items()),
+        )
+        for stage in report.get("stages", [])
+    ]
+    header = ("stage", "steps", "rows", "sources, and how often each row was seen")
+    return f"\n{_table(header, lines)}\n" if lines else ""
+
+
+def _held_out(about: dict[str, Any], *, in_stages: bool) -> str:
     """A sentence about the training and evaluation rows."""
     rows = about["num_rows"]
     files = ", ".join(map(_text, file_labels(list(dict.fromkeys(about["data"]["eval_data_files"] or ())))))
     source = f"from {files}" if files else "held out"
-    return f"{rows['training']:,} rows were trained on in an epoch, {rows['evaluation']:,} evaluated on, {source}."
+    when = "in stages" if in_stages else "in an epoch"
+    return f"{rows['training']:,} rows were trained on {when}, {rows['evaluation']:,} evaluated on, {source}."
 
 
 def _settings(about: dict[str, Any], args: TrainingArguments) -> list[tuple[str, str]]:

@@ -104,6 +104,15 @@ def test_code_outside_a_repository_has_no_commit(monkeypatch, args, tmp_path):
     assert "at commit" not in model_card(about, REPORT, args, STATE)
 
 
+def test_the_card_of_a_run_in_stages_lists_them(args):
+    stage = {"name": "general", "steps": 6, "rows": 48, "sources": {"tools|en": {"times_seen": 0.125}}}
+    card = model_card(facts(args), REPORT | {"stages": [stage]}, args, STATE)
+    assert "950 rows were trained on in stages, 50 evaluated on" in card
+    assert "\n\n| stage | steps | rows |" in card
+    assert "\n| general | 6 | 48 | tools¦en × 0.125 |\n\n## Training\n" in card
+    assert "stage" not in model_card(facts(args), REPORT, args, STATE)
+
+
 def test_the_card_says_what_the_model_is_made_of(args):
     card = model_card(facts(args, dft_alpha=0.7, dft_floor=0.4), REPORT, args, STATE)
     head = yaml.safe_load(card.split("---\n")[1])
