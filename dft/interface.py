@@ -1,7 +1,8 @@
-"""The network interface over which a node reaches the master, for gloo.
+"""The network interface for gloo: over which a node reaches the master, or the loopback where there is one node.
 
-Gloo listens on the address that the host's name resolves to. That is often 127.0.0.1, which no other node can reach.
-The kernel's route to the master names the right interface. NCCL finds an interface by itself.
+Gloo listens on the address that the host's name resolves to. That is often 127.0.0.1, which no other node can reach,
+or one that other machines reach too, though only this one trains. The kernel's route to the master names the right
+interface. NCCL finds an interface by itself.
 """
 
 import ipaddress
@@ -10,21 +11,22 @@ import socket
 
 import psutil
 
-from dft.launched import spans_nodes
+from dft.launched import num_local, spans_nodes
 
 VARIABLES = ("GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME")  # TP: of torch's RPC
+LOOPBACK = "127.0.0.1"
 SOMEWHERE_ELSE = "192.0.2.1"  # an address for documentation, which nobody has; its route is the default route
 
 
 def set_gloo_interface() -> None:
-    """Sets GLOO_SOCKET_IFNAME where processes run on several nodes, unless the user has set it.
+    """Sets GLOO_SOCKET_IFNAME where a launcher has started processes, unless the user has set it.
 
     It must be called before the process joins a group.
     """
     master = os.environ.get("MASTER_ADDR")
-    if not spans_nodes() or master is None or os.environ.get(VARIABLES[0]):
+    if num_local() is None or master is None or os.environ.get(VARIABLES[0]):
         return
-    name = find_interface(master)
+    name = find_interface(master) if spans_nodes() else interface_of(LOOPBACK)
     if name is not None:
         for variable in VARIABLES:
             os.environ.setdefault(variable, name)

@@ -9,10 +9,16 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", 0)))
 
 
+def num_local() -> int | None:
+    """How many processes the launcher started on this node; None if none says so."""
+    number = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))  # the latter is DeepSpeed's
+    return None if number is None else int(number)
+
+
 def spans_nodes() -> bool:
     """Whether the launcher started processes on several nodes."""
-    on_this_node = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))  # the latter is DeepSpeed's
-    return on_this_node is not None and int(os.environ.get("WORLD_SIZE", 1)) > int(on_this_node)
+    on_this_node = num_local()
+    return on_this_node is not None and int(os.environ.get("WORLD_SIZE", 1)) > on_this_node
 
 
 def accelerate_uses(engine: str) -> bool:

@@ -58,11 +58,12 @@ def test_an_ipv6_address_belongs_to_an_interface(monkeypatch):
     [
         ({}, "ib0"),
         ({"GLOO_SOCKET_IFNAME": "mine"}, "mine"),
-        ({"LOCAL_WORLD_SIZE": "2"}, None),  # one node
+        ({"LOCAL_WORLD_SIZE": "2"}, "lo"),  # one node
+        ({"LOCAL_WORLD_SIZE": "", "LOCAL_SIZE": ""}, None),  # no launcher
         ({"LOCAL_WORLD_SIZE": "", "LOCAL_SIZE": "1"}, "ib0"),  # as DeepSpeed's launcher says it
     ],
 )
-def test_it_is_set_on_several_nodes_unless_the_user_has_set_it(monkeypatch, two_networks, env, expected):
+def test_it_is_set_unless_the_user_has_set_it(monkeypatch, two_networks, env, expected):
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     for name, value in (SEVERAL_NODES | env).items():
         monkeypatch.setenv(name, value)
