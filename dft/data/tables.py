@@ -3,7 +3,7 @@
 import numpy as np
 
 BARS = 40
-WIDTH, HEIGHT, FOOT = 720, 160, 20  # of the histogram, in pixels
+WIDTH, HEIGHT, HEAD, FOOT = 720, 160, 18, 20  # of the histogram, in pixels; the height with the head above the bars
 
 
 def aligned(cells: list[tuple[str, ...]], num_left: int) -> list[str]:
@@ -33,7 +33,7 @@ def histogram(values: np.ndarray, unit: str = "tokens") -> str:
     width = WIDTH / len(counts)
     bars = []
     for i, count in enumerate(counts):
-        height = HEIGHT * count / counts.max()
+        height = (HEIGHT - HEAD) * count / counts.max()
         title = f"<title>{count:,} rows of {shown[i]} to {shown[i + 1]} {unit}</title>"
         place = f'x="{i * width:.1f}" y="{HEIGHT - height:.1f}" width="{max(width - 1, 1):.1f}" height="{height:.1f}"'
         bars.append(f"<rect {place}>{title}</rect>")
