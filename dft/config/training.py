@@ -19,6 +19,7 @@ from dft.config.training_checks import (
     check_sequence_parallel,
     check_skips,
     check_training,
+    check_writers,
     rows_of_batch,
     tracker_names,
 )
@@ -167,6 +168,7 @@ class DFTTrainingArguments(TrainingArguments):
         super().__post_init__()
         check_sequence_parallel(self)
         check_skips(self)
+        check_writers(self)
         if self.accelerator_config.dispatch_batches or self.accelerator_config.split_batches:
             raise UserError(
                 "--accelerator_config: dispatch_batches and split_batches take all batches to be of one size"

@@ -122,6 +122,18 @@ def check_skips(args: Any) -> None:
             raise UserError(f"--on_nonfinite skip can't be combined with {name} false in --deepspeed: drop one")
 
 
+def check_writers(args: Any) -> None:
+    """Raises UserError where DeepSpeed would write checkpoints in the background, after they are taken for whole."""
+    if args.deepspeed_plugin is None:
+        return
+    for name in ("checkpoint.writer.decoupled", "datastates_ckpt"):
+        if args.deepspeed_plugin.hf_ds_config.get_value(name, False) is not False:
+            raise UserError(
+                f"{name} in --deepspeed has checkpoints written in the background, so that whether one is whole isn't "
+                "known when the next steps begin: drop it"
+            )
+
+
 def check_evaluation(args: Any, data: DataConfig) -> None:
     """Raises UserError where evaluations are needed, and there is no data for them; or where one is all there is."""
     for flag, needs in (

@@ -5,8 +5,10 @@ import os
 import pickle
 import sys
 from dataclasses import FrozenInstanceError
+from types import SimpleNamespace
 
 import pytest
+from accelerate.utils import HfDeepSpeedConfig
 
 from dft.config.command_line import parse_args
 from dft.config.listing import CACHE, load_listing, make_listing
@@ -15,6 +17,7 @@ from dft.config.metrics import MetricsConfig
 from dft.config.options import override
 from dft.config.parser import build_parser, known_options
 from dft.config.training import with_values
+from dft.config.training_checks import check_writers
 from dft.errors import UserError
 from tests.config.parsing import NEEDED, assert_refused, parse
 from tests.helpers import run
@@ -287,6 +290,22 @@ def test_a_broken_deepspeed_file_is_named(tmp_path):
     broken.write_text("{")
     with pytest.raises(UserError, match=r"zero\.json is not valid JSON"):
         parse("--deepspeed", broken)
+
+
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [
+        ({"checkpoint": {"writer": {"decoupled": True}}}, "checkpoint.writer.decoupled"),
+        ({"datastates_ckpt": {"host_cache_size": 16}}, "datastates_ckpt"),
+    ],
+)
+def test_checkpoints_that_deepspeed_writes_in_the_background_are_refused(setting, name):
+    def with_settings(settings: dict) -> SimpleNamespace:
+        return SimpleNamespace(deepspeed_plugin=SimpleNamespace(hf_ds_config=HfDeepSpeedConfig(settings)))
+
+    check_writers(with_settings({"checkpoint": {"writer": {"decoupled": False}}}))
+    with pytest.raises(UserError, match=f"{name} in --deepspeed has checkpoints written in the background"):
+        check_writers(with_settings(setting))
 
 
 def test_help_is_grouped_and_complete():
