@@ -26,8 +26,11 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from benchmarks.faulty_files import damaged, flipped, foreign, with_code
 from benchmarks.faulty_runs import (
@@ -116,24 +119,37 @@ def killed(whole: Whole, tries: int) -> list[Line]:
 
 def stopped(whole: Whole, tries: int) -> list[Line]:
     """The launch script gets TERM at a random moment: a whole checkpoint within 30 s, and status 143."""
-    moments, lines = random.Random(1), []
-    for i in range(tries):
-        run = whole.another(f"stopped-{i}", max_steps=LONG, save_steps=LONG)
-        process = run.start()
-        wait_for(lambda run=run: run.steps_logged() > 0, process)
-        time.sleep(moments.uniform(0, 3))
-        process.send_signal(signal.SIGTERM)
-        start = time.monotonic()
-        status = process.wait(timeout=END_SECONDS)
-        seconds = time.monotonic() - start
-        try:
-            saved = find_newest(run.out).name
-        except UserError as error:
-            saved = str(error)
-        is_told = f"{run.out / saved}; go on with" in run.output()
-        outcome = f"status {status} after {seconds:.0f} s, {saved}, {'told' if is_told else 'not told'}"
-        lines.append(("TERM", outcome, status == 143 and is_told and seconds < END_OF_STEP_SECONDS))
-    return lines
+    moments = random.Random(1)
+    run = partial(_ended, whole, hit=lambda process: process.send_signal(signal.SIGTERM))
+    return [("TERM", *run(name=f"stopped-{i}", wait=moments.uniform(0, 3))) for i in range(tries)]
+
+
+def without_launcher(whole: Whole, tries: int) -> list[Line]:
+    """The process that started the ranks is killed: they end as after TERM."""
+
+    def hit(process: subprocess.Popen) -> None:
+        psutil.Process(ranks_of(process)[0].ppid()).kill()
+
+    return [("the launcher killed", *_ended(whole, name=f"launcher-{i}", wait=0, hit=hit)) for i in range(tries)]
+
+
+def _ended(whole: Whole, *, name: str, wait: float, hit: Callable[[subprocess.Popen], None]) -> tuple[str, bool]:
+    """What comes of a run that is hit `wait` seconds after its first step, and whether that was asked for."""
+    run = whole.another(name, max_steps=LONG, save_steps=LONG)
+    process = run.start()
+    wait_for(lambda: run.steps_logged() > 0, process)
+    time.sleep(wait)
+    hit(process)
+    start = time.monotonic()
+    status = process.wait(timeout=END_SECONDS)
+    seconds = time.monotonic() - start
+    try:
+        saved = find_newest(run.out).name
+    except UserError as error:
+        saved = str(error)
+    is_told = f"{run.out / saved}; go on with" in run.output()
+    outcome = f"status {status} after {seconds:.0f} s, {saved}, {'told' if is_told else 'not told'}"
+    return outcome, status == 143 and is_told and seconds < END_OF_STEP_SECONDS
 
 
 def lost(whole: Whole, tries: int) -> list[Line]:
@@ -244,6 +260,7 @@ class Part:
 PARTS = {
     "killed": Part(killed, 20, "`last` goes on and ends with the same weights and records"),
     "stopped": Part(stopped, 10, f"a whole checkpoint and status 143 within {END_OF_STEP_SECONDS:g} s"),
+    "without_launcher": Part(without_launcher, 3, f"the same as after TERM, within {END_OF_STEP_SECONDS:g} s"),
     "lost": Part(lost, 10, f"the run ends and names the rank within {NAMED_SECONDS:g} s"),
     "hung": Part(hung, 3, f"the rank is named within {HUNG_SECONDS:g} s"),
     "full_disk": Part(full_disk, 5, "status 1, the path, nothing lost, `last` goes on"),
