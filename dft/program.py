@@ -4,6 +4,7 @@ Imports neither torch nor transformers, which take seconds, so that --help and m
 """
 
 import atexit
+import logging
 import os
 import sys
 import threading
@@ -36,6 +37,14 @@ def _process_group() -> ModuleType | None:
     return dist if dist is not None and dist.is_available() and dist.is_initialized() else None
 
 
+def quiet_imports() -> None:
+    """Silences what libraries would say while they are imported, and nobody can act on.
+
+    On some processors bitsandbytes asks for a package with a kernel for inference, which is never used here.
+    """
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
 @contextmanager
 def program() -> Iterator[None]:
     """Runs a whole program: turns a UserError into one message, leaves the process group, and ends the process.
@@ -49,6 +58,7 @@ def program() -> Iterator[None]:
     nobody reads its output any more.
     """
     status = 0
+    quiet_imports()
     outlive_readers()
     try:
         yield

@@ -6,6 +6,11 @@
 Only the model's configuration is read. See docs/scaling.md for what is counted, and how well.
 """
 
+from dft.program import program, quiet_imports
+
+if __name__ == "__main__":  # before the imports that this is about
+    quiet_imports()
+
 import argparse
 import itertools
 import json
@@ -37,7 +42,6 @@ from dft.model.memory import (
     plain_precision,
     read_zero,
 )
-from dft.program import program
 from dist_logger import quiet_libraries
 
 DS_CONFIG = Path(__file__).parent.parent / "ds_config"

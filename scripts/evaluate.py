@@ -7,6 +7,11 @@ The numbers are those of the training's own evaluation on the same rows: what is
 by the run.json that lies in the model's directory or beside the checkpoint.
 """
 
+from dft.program import program, quiet_imports
+
+if __name__ == "__main__":  # before the imports that this is about
+    quiet_imports()
+
 import argparse
 import json
 import math
@@ -29,7 +34,6 @@ from dft.errors import UserError
 from dft.files import path_argument
 from dft.model.fit import check_fit
 from dft.model.trained import DTYPES, TrainedModel, load_trained
-from dft.program import program
 from dft.tracking.run_info import read_run
 from dft_trainer import DFTTrainer
 from dist_logger import quiet_libraries, setup_logging

@@ -7,6 +7,11 @@ It gets the weights as safetensors, the tokenizer with its chat template, a gene
 an answer, and the README.md beside the model, if there is one.
 """
 
+from dft.program import program, quiet_imports
+
+if __name__ == "__main__":  # before the imports that this is about
+    quiet_imports()
+
 import argparse
 import re
 import shutil
@@ -22,7 +27,6 @@ from dft.files import path_argument
 from dft.model.adapters import has_tied_head_adapted
 from dft.model.trained import DTYPES, TrainedModel, load_trained
 from dft.printable import printable
-from dft.program import program
 
 
 def main(argv: list[str] | None = None) -> None:

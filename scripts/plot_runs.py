@@ -8,6 +8,11 @@ and evaluation (dots). It leaves the loss out, because runs with different alpha
 values can't be compared.
 """
 
+from dft.program import program, quiet_imports
+
+if __name__ == "__main__":  # before the imports that this is about
+    quiet_imports()
+
 import argparse
 import json
 import math
@@ -17,7 +22,6 @@ from typing import Any
 from dft.errors import UserError
 from dft.files import path_argument
 from dft.printable import printable
-from dft.program import program
 from dft.tracking.curves import PANELS, series
 
 COMPARED = ("Cross-entropy (nats per token)", "Probability of the correct token")
