@@ -158,12 +158,13 @@ def _choose_augmented(steps: Steps, embeddings: np.ndarray, config: ModsConfig) 
     """The fourth step."""
     from dft.selection.k_center import k_center_greedy
 
-    is_seed = np.isin(steps.embedded, steps.seeds)
-    can_be_chosen = steps.is_needed[steps.embedded] & ~is_seed
+    can_be_chosen = steps.is_needed[steps.embedded]
     if not steps.is_needed.any():
-        steps.notes.append(f"The model's answers all score at least {config.beta:g}: the result is the seed set.")
+        steps.notes.append(f"No answer of the model scores below {config.beta:g}: the result is the seed set.")
     elif can_be_chosen.any():
-        cover = k_center_greedy(embeddings[can_be_chosen], config.augmented_rows, seeds=embeddings[is_seed])
+        # rows of the seed set may be among them; their distance is 0, so that they aren't chosen again
+        seeds = embeddings[np.isin(steps.embedded, steps.seeds)]
+        cover = k_center_greedy(embeddings[can_be_chosen], config.augmented_rows, seeds=seeds)
         steps.augmented = steps.embedded[can_be_chosen][cover.picks]
     if steps.is_needed.any() and len(steps.augmented) < config.augmented_rows:
         steps.notes.append(
@@ -193,7 +194,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _method(args: argparse.Namespace) -> Decide:
     base = ModelFlags.of(args, args.model, "--model")
     train_flags = None if args.train_flags is None else _words(args.train_flags)
-    work = args.work_dir or args.output.with_name(f"{args.output.name}.work")
+    work = args.work_dir or Path(f"{args.output}.work")
     if Path(os.path.realpath(work)).is_relative_to(os.path.realpath(args.output)):
         raise UserError(f"--work_dir {printable(work)} lies in --output, which is replaced as a whole: give another")
     of_other = {

@@ -45,6 +45,8 @@ class Steps:
     not_answered: dict[int, Why] = field(default_factory=dict)
     cut_answers: int = 0
     notes: list[str] = field(default_factory=list)
+    quality: np.ndarray = field(init=False)
+    answer_quality: np.ndarray = field(init=False)
 
     def __post_init__(self):
         self.quality, self.answer_quality = np.full((2, self.num_rows), np.nan)

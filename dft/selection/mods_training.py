@@ -23,6 +23,7 @@ from dft.files import make_directory
 from dft.printable import printable
 from dft.program import rank_and_world_size
 from dft.reading.rows import Conversation
+from dft.secrets import is_secret
 from dft.selection.model_flags import ModelFlags
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,11 @@ class SeedTraining:
     flags: list[str] | None = None
 
     def __post_init__(self):
-        taken = [word for word in self.flags or [] if word.partition("=")[0].replace("-", "_") in _as_words(OWN_FLAGS)]
+        names = [word.partition("=")[0] for word in self.flags or []]
+        secret = [name for name in names if name.startswith("--") and is_secret(name)]
+        if secret:  # flags are noted in files
+            raise UserError(f"--train_flags {printable(secret[0])}: give keys by the environment, such as HF_TOKEN")
+        taken = [name for name in names if name.replace("-", "_") in _as_words(OWN_FLAGS)]
         if taken:
             raise UserError(f"--train_flags {printable(taken[0])}: mods gives {', '.join(OWN_FLAGS)} itself")
         if self.flags is not None and not (PROJECT / SCRIPT).is_file():
@@ -129,7 +134,7 @@ class SeedTraining:
         command = shlex.join(["bash", SCRIPT, *self._own_flags()])
         return (
             f"Now train the initial model on the seed set: {printable(command)} and start mods again with "
-            f"--initial_model {printable(self.model)}"
+            f"--initial_model {printable(self.model)}, and with --overwrite for the same --output"
         )
 
     def _own_flags(self, absolute: bool = False) -> list[str]:

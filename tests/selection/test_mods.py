@@ -1,7 +1,6 @@
-"""MoDS chooses what its steps, done one after the other by hand, choose; it trains once, and refuses what can't be."""
+"""MoDS chooses what its steps, done one after the other by hand, choose."""
 
 import json
-import subprocess
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from data_utils import load_conversations
 from dft.errors import UserError
 from dft.reading.rows import Conversation
-from dft.selection import answers, mods_report, mods_training
+from dft.selection import answers, mods_report
 from dft.selection.answers import answer_rows
 from dft.selection.embeddings import embed, instruction
 from dft.selection.k_center import k_center_greedy
@@ -187,7 +186,7 @@ def test_a_run_that_was_cut_generates_the_missing_answers_alone(conversations, c
 GENERATE = answers.generate_answers
 
 
-def test_without_a_model_it_ends_with_the_seed_set_and_says_how_to_train(conversations, config, capfd):
+def test_without_a_model_it_ends_with_the_seed_set_and_says_how_to_train(conversations, config):
     decision = mods(replace(config, initial_model=None))(iter(conversations))
     kept = [row for row, verdict in zip(conversations, decision.verdicts, strict=True) if not verdict.reason]
     assert len(kept) == 5
@@ -224,13 +223,16 @@ def test_nothing_of_high_quality_keeps_nothing(conversations, config):
     assert not config.training.work.exists()
 
 
-def test_rows_whose_answer_has_no_score_are_dropped_with_a_reason(conversations, config, monkeypatch):
-    monkeypatch.setattr("dft.selection.answers.longest_prompt", lambda model, new: 60)
+@pytest.mark.parametrize("room", [60, 0])
+def test_rows_without_room_for_an_answer_are_dropped_with_a_reason(conversations, config, room, monkeypatch):
+    monkeypatch.setattr("dft.selection.answers.longest_prompt", lambda model, new: room)
     decision = mods(config)(iter(conversations))
     dropped = [verdict for verdict in decision.verdicts if verdict.reason == "prompt_too_long"]
     assert dropped
-    assert "with --max_new_tokens the model takes 60" in dropped[0].detail
+    assert f"with --max_new_tokens the model takes {room}" in dropped[0].detail
     assert any("rows of high quality have no answer with a score" in note for note in decision.notes)
+    assert (decision.facts["rows"]["necessity"] == 0) == (room == 0)
+    assert any("the result is the seed set" in note for note in decision.notes) == (room == 0)
 
 
 def test_an_answer_that_the_reward_model_does_not_take_is_not_judged(conversations, config, reward_model, tmp_path):
@@ -249,71 +251,7 @@ def test_an_answer_that_the_reward_model_does_not_take_is_not_judged(conversatio
     assert f"more than the {tokenizer.model_max_length} that the reward model is given" in detail
 
 
-# ---- the training -------------------------------------------------------------------------------
-
-
-def fake_training(status: int, started: list):
-    """Stands for scripts/train.sh: writes a model, or ends with another status."""
-
-    def run(command, env, check):
-        started.append((command, env))
-        output = mods_training.Path(command[command.index("--output_dir") + 1])
-        (output / "checkpoint-2").mkdir(parents=True, exist_ok=True)
-        (output / "checkpoint-2" / "manifest.json").touch()
-        (output / "config.json").touch()
-        return subprocess.CompletedProcess(command, status)
-
-    return run
-
-
-@pytest.fixture
-def training(config, conversations, tmp_path) -> SeedTraining:
-    found = replace(config.training, flags=["--max_steps", "2"])
-    found.write_seeds(conversations[:3])
-    return found
-
-
-def test_the_model_is_trained_once_for_a_seed_set(training, conversations, monkeypatch):
-    started = []
-    monkeypatch.setattr(subprocess, "run", fake_training(0, started))
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("BACKGROUND", "1")
-    for _ in range(2):
-        assert training.trained_model().directory == training.model
-    ((command, env),) = started
-    assert command[-2:] == ["--max_steps", "2"]
-    assert "--resume_from_checkpoint" not in command
-    assert "RANK" not in env
-    assert env["BACKGROUND"] == "0"
-    assert env["LOG_FILE"] == str(training.log)
-    with pytest.raises(UserError, match="trained on another seed set, from another model or with other"):
-        replace(training, flags=["--max_steps", "3"]).trained_model()
-    training.write_seeds(conversations[:4])
-    with pytest.raises(UserError, match="trained on another seed set"):
-        training.trained_model()
-
-
-def test_a_training_that_fails_names_its_log_and_is_resumed(training, monkeypatch):
-    started = []
-    monkeypatch.setattr(subprocess, "run", fake_training(1, started))
-    with pytest.raises(UserError, match=r"ended with status 1: .*train\.log says why"):
-        training.trained_model()
-    monkeypatch.setattr(subprocess, "run", fake_training(0, started))
-    training.trained_model()
-    assert "--resume_from_checkpoint" not in started[0][0]
-    assert "--resume_from_checkpoint" in started[1][0]
-
-
-def test_what_mods_has_not_trained_is_left_alone(training):
-    training.model.mkdir()
-    (training.model / "config.json").touch()
-    with pytest.raises(UserError, match="holds what mods has not trained"):
-        training.trained_model()
-
-
-def test_rows_of_the_work_directory_are_not_selected_from(training):
-    with pytest.raises(UserError, match=r"--work_dir .* holds .*seed\.jsonl"):
-        training.check_outside(list(load_conversations([str(training.seed_file)])))
+# ---- settings and the program -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -332,18 +270,13 @@ def test_settings_out_of_range_are_refused(config, settings, message):
         replace(config, **settings)
 
 
-def test_trainings_that_can_not_be_are_refused(config, monkeypatch):
+def test_a_training_must_be_wanted_and_possible(config, monkeypatch):
     training = replace(config.training, flags=[])
     with pytest.raises(UserError, match="give one of --initial_model and --train_flags"):
         replace(config, training=training)
-    with pytest.raises(UserError, match=r"--train_flags --output-dir=x: mods gives .*--output_dir itself"):
-        replace(training, flags=["--output-dir=x"])
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="can't be used under a launcher of several processes"):
         replace(config, training=training, initial_model=None)
-    monkeypatch.setattr(mods_training, "PROJECT", mods_training.Path("/nowhere"))
-    with pytest.raises(UserError, match="isn't beside the package"):
-        replace(training, flags=["--bf16", "True"])
 
 
 def command_of(config: ModsConfig, data, output) -> list[str]:
@@ -378,7 +311,7 @@ def test_the_flags_of_the_program(config, chat_file, tmp_path, capsys):
 def test_the_program_trains_on_the_seed_set_and_uses_that_model(config, chat_file, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("LAUNCHER", "python")
     command = command_of(config, chat_file, tmp_path / "out")
-    flags = "--torch_dtype float32 --max_steps 2 --validation_split_percentage 0 --disable_tqdm True --seed 3"
+    flags = "--torch_dtype float32 --max_steps 1 --validation_split_percentage 0 --preprocessing_num_workers 1"
     select_data.main([*command, f"--train_flags={flags}"])
     report = json.loads((tmp_path / "out" / "selection_report.json").read_text())
     assert report["total"]["kept"] == 9
@@ -386,6 +319,6 @@ def test_the_program_trains_on_the_seed_set_and_uses_that_model(config, chat_fil
     assert (work / "initial" / "model.safetensors").is_file()
     assert json.loads((work / "initial" / "data_report.json").read_text())["total"]["kept"] == 5
     assert "train_dft.py" in (work / "train.log").read_text()
-    capfd.readouterr()
+    assert "Command:" in capfd.readouterr().out
     select_data.main([*command, f"--train_flags={flags}", "--overwrite"])
     assert "Command:" not in capfd.readouterr().out  # it was trained before
