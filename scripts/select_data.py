@@ -11,11 +11,11 @@ import argparse
 
 from dft.printable import printable
 from dft.program import program
-from dft.selection import clean, contamination, diversity, ifd, ifd_seed, near_duplicates, quality
+from dft.selection import clean, contamination, diversity, ifd, ifd_seed, mods, near_duplicates, quality
 from dft.selection.run import add_common_arguments, run
 from dist_logger import setup_logging
 
-METHODS = (clean, near_duplicates, contamination, ifd_seed, ifd, quality, diversity)
+METHODS = (clean, near_duplicates, contamination, ifd_seed, ifd, quality, diversity, mods)
 COMMANDS = {method.COMMAND.name: method.COMMAND for method in METHODS}
 
 

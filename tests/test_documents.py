@@ -44,7 +44,8 @@ MADE_BY_A_RUN = {  # named in the documents, made when the program runs
     "eval.jsonl", "chats.jsonl", "tracker_ids.json", "my_rows.jsonl",
     "run.json", "test.jsonl", "manifest.json", "manifest-8.json", "eval_results.json", "generation_config.json",
     "adapter_config.json", "adapter_model.safetensors", "dropped.jsonl", "selection_report.json", "clusters.jsonl",
-    "pii.jsonl", "evaluation_rows_found.jsonl", "scores.jsonl", "picks.jsonl",
+    "pii.jsonl", "evaluation_rows_found.jsonl", "scores.jsonl", "picks.jsonl", "answers.jsonl",
+    "seed.jsonl", "train.log", "initial.json",
 }  # fmt: skip
 FLAGS_OF_OTHERS = {
     *("--help", "--size"),  # of all programs, of a benchmark
@@ -62,7 +63,9 @@ FLAGS_OF_OTHERS = {
     *("--max_entropy", "--languages", "--refusals", "--pii", "--threshold", "--shingle", "--num_perm", "--part"),
     *("--keep_share", "--min_ratio", "--max_ratio", "--tokens_at_once", "--cache_dir", "--warmup_clusters"),
     *("--warmup_rows", "--reward_model", "--label", "--alpha", "--num_rows", "--radius", "--embeddings"),
-    *("--seed_files", "--seed_embeddings", "--nproc-per-node"),
+    *("--seed_files", "--seed_embeddings", "--nproc-per-node", "--beta", "--seed_rows", "--augmented_rows"),
+    *("--train_flags", "--initial_model", "--work_dir", "--embedding_model", "--max_new_tokens"),
+    *("--generated_at_once",),
     *("--short_ngram", "--min_overlap", "--max_rows_per_ngram", "--copied_share"),
 }
 OPTIONS = set(known_options(load_listing()))

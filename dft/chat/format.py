@@ -13,14 +13,16 @@ How turns are located:
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dft.chat.anchor_finder import AnchorFinder
 from dft.chat.chatml_finder import ChatMLFinder, is_chatml
 from dft.chat.example import Example
+from dft.chat.generation_prompt import GenerationPrompt
 from dft.chat.labeler import SupervisedText, label, select_spans, weights_of_turns
 from dft.chat.remarks import (
     EMPTY_TURN,
@@ -195,6 +197,37 @@ class ChatFormat:
         supervised = [row for row in rows if isinstance(row, SupervisedText)]
         tokens = iter(self.encoder.encode([row.text for row in supervised], [row.borders for row in supervised]))
         return [label(row, next(tokens)) if isinstance(row, SupervisedText) else row for row in rows]
+
+    def prompt(
+        self, messages: list[dict], tools: list | None = None, template_kwargs: dict | None = None
+    ) -> np.ndarray:
+        """The ids from which a model writes the last turn of a conversation, int32 [T].
+
+        All messages before the last one, in the form in which they are trained on, and the generation prompt.
+
+        Args:
+            messages: the last one is the assistant's; of its text nothing is in the prompt.
+
+        Raises:
+            RowError: see `render`; or the template refuses the prompt, or control tokens can't be kept as text.
+        """
+        rendering = self.render(messages, tools, template_kwargs)
+        tools, template_kwargs = map(self.template.control.mark, (tools, template_kwargs))
+        before = rendering.messages[:-1]
+        try:
+            text = self.template.render(before, tools, template_kwargs, add_generation_prompt=True)
+        except TEMPLATE_ERRORS as error:
+            raise RowError("template_error", f"the chat template refuses the prompt: {error}") from error
+        if not self._generation_prompt.header:  # the template has none
+            text = rendering.text[: rendering.spans[-1][0]]
+        (encoded,) = self.encoder.encode([text], [[]])
+        if encoded is None:
+            raise RowError("control_token_in_text", "this tokenizer can't keep control tokens as plain text")
+        return encoded[0]
+
+    @cached_property
+    def _generation_prompt(self) -> GenerationPrompt:
+        return GenerationPrompt(self.template)
 
     def _find(self, messages: list[dict], tools: list | None, template_kwargs: dict | None) -> tuple[str, list[Span]]:
         try:
