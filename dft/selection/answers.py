@@ -15,8 +15,8 @@ from transformers import logging
 
 from dft.chat.format import ChatFormat
 from dft.errors import UserError
+from dft.generation import generate_answers, longest_prompt
 from dft.model.fit import check_vocabulary
-from dft.model.generation import generate_answers, longest_prompt
 from dft.model.trained import TrainedModel, load_trained
 from dft.printable import printable
 from dft.reading.rows import Conversation, RowError

@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from dft.errors import UserError
 from dft.model.trained import find_end_tokens
+from dft.reference.scoring import plan_scoring
 
 TOKENS_AT_ONCE = 32768  # of prompts and answers, for which the cache holds keys and values
 
@@ -56,7 +57,8 @@ def generate_answers(
     was_training = model.training
     model.eval()
     try:
-        for batch in _batches([len(prompt) + max_new_tokens for prompt in prompts], tokens_at_once):
+        lengths = np.array([len(prompt) + max_new_tokens for prompt in prompts])
+        for batch in plan_scoring(lengths, tokens_at_once):
             found = _generate(model, [prompts[i] for i in batch], pad, config)
             for index, ids in zip(batch, found.tolist(), strict=True):
                 answers[index] = _until_end(ids, ends)
@@ -81,17 +83,6 @@ def _greedy(max_new_tokens: int, ends: list[int], pad: int) -> GenerationConfig:
         **{"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "num_beams": 1},
         **{"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0},  # a penalty would see the padding
     )
-
-
-def _batches(lengths: list[int], tokens_at_once: int) -> list[list[int]]:
-    """Prompts of similar length, the longest first."""
-    batches: list[list[int]] = []
-    for index in np.argsort(-np.array(lengths, dtype=np.int64), kind="stable").tolist():
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= tokens_at_once:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
 
 
 def _generate(model: PreTrainedModel, prompts: list[Sequence[int]], pad: int, config: GenerationConfig) -> Tensor:
