@@ -5,10 +5,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
+from dft import generation
 from dft.chat.format import ChatFormat
 from dft.errors import UserError
 from dft.generation import generate_answers, longest_prompt
-from dft.model import generation
 from dft.reading.rows import RowError
 from tests.helpers import CHATML_TEMPLATE, THINKING_TEMPLATE
 
