@@ -58,6 +58,7 @@ FLAGS_OF_OTHERS = {
     *("--batch_size", "--output_path", "--log_samples", "--metadata"),
     *("--gpus", "--gpu_memory", "--method", "--zero_stage", "--offload"),  # of estimate_memory.py
     *("--supervised", "--lora_r", "--quick"),
+    "--tries",  # of benchmarks/faults.py
     *("--overwrite", "--min_characters", "--max_characters", "--min_turns", "--max_turns"),  # of select_data.py
     *("--max_repeated_lines", "--max_repeated_ngrams", "--max_top_ngram", "--ngram", "--min_entropy"),
     *("--max_entropy", "--languages", "--refusals", "--pii", "--threshold", "--shingle", "--num_perm", "--part"),
