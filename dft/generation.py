@@ -7,7 +7,8 @@ Shapes: B prompts of a batch, T tokens of the longest.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -52,16 +53,18 @@ def generate_answers(
         )
     ends = list(find_end_tokens(model, tokenizer) if end_tokens is None else end_tokens)
     pad = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
-    config = _greedy(max_new_tokens, ends, pad)
+    # greedy search with a cache, which are the defaults
+    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=pad)
     answers: list[list[int]] = [[]] * len(prompts)
     was_training = model.training
     model.eval()
     try:
         lengths = np.array([len(prompt) + max_new_tokens for prompt in prompts])
-        for batch in plan_scoring(lengths, tokens_at_once):
-            found = _generate(model, [prompts[i] for i in batch], pad, config)
-            for index, ids in zip(batch, found.tolist(), strict=True):
-                answers[index] = _until_end(ids, ends)
+        with _without_own_config(model):
+            for batch in plan_scoring(lengths, tokens_at_once):
+                found = _generate(model, [prompts[i] for i in batch], pad, config)
+                for index, ids in zip(batch, found.tolist(), strict=True):
+                    answers[index] = _until_end(ids, ends)
     finally:
         model.train(was_training)
     return answers
@@ -73,16 +76,18 @@ def longest_prompt(model: PreTrainedModel, max_new_tokens: int) -> int:
     return context - max_new_tokens
 
 
-def _greedy(max_new_tokens: int, ends: list[int], pad: int) -> GenerationConfig:
-    """Plain greedy search; what is None here would be taken from the model's own config."""
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        eos_token_id=ends or None,
-        pad_token_id=pad,
-        use_cache=True,
-        **{"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "num_beams": 1},
-        **{"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0},  # a penalty would see the padding
-    )
+@contextmanager
+def _without_own_config(model: PreTrainedModel) -> Iterator[None]:
+    """Hides the model's own generation config, from which all that isn't given would be taken."""
+    holders = [model, *([model.get_base_model()] if hasattr(model, "get_base_model") else [])]  # peft passes its on
+    own = [holder.generation_config for holder in holders]
+    try:
+        for holder in holders:
+            holder.generation_config = GenerationConfig()
+        yield
+    finally:
+        for holder, config in zip(holders, own, strict=True):
+            holder.generation_config = config
 
 
 def _generate(model: PreTrainedModel, prompts: list[Sequence[int]], pad: int, config: GenerationConfig) -> Tensor:

@@ -1,9 +1,13 @@
 """Answers that are generated in batches are those that plain passes give, one prompt and one token at a time."""
 
+import contextlib
+import copy
+
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, Qwen3Config
 
 from dft import generation
 from dft.chat.format import ChatFormat
@@ -83,17 +87,16 @@ def without_mask(prompts, pad):
     return ids, torch.ones_like(mask)
 
 
-def with_penalty(max_new_tokens, ends, pad):
-    config = GREEDY(max_new_tokens, ends, pad)
-    config.repetition_penalty = None
-    return config
-
-
-PADDED, GREEDY = generation._padded, generation._greedy
+PADDED = generation._padded
 
 
 @pytest.mark.parametrize(
-    ("name", "mutant"), [("_padded", padded_on_the_right), ("_padded", without_mask), ("_greedy", with_penalty)]
+    ("name", "mutant"),
+    [
+        ("_padded", padded_on_the_right),
+        ("_padded", without_mask),
+        ("_without_own_config", lambda model: contextlib.nullcontext()),
+    ],
 )
 def test_the_comparison_rejects(model, tokenizer, prompts, ends, expected, name, mutant, monkeypatch):
     monkeypatch.setattr(generation, name, mutant)
@@ -101,6 +104,23 @@ def test_the_comparison_rejects(model, tokenizer, prompts, ends, expected, name,
     assert found != expected
     if name == "_padded":
         assert found[6] == expected[6]  # the longest, which has no padding
+
+
+@pytest.mark.parametrize("has_adapter", [False, True])
+def test_nothing_in_the_models_own_config_changes_an_answer(model, tokenizer, prompts, ends, expected, has_adapter):
+    first = expected[0][0]
+    own = {"suppress_tokens": [first], "bad_words_ids": [[first]], "num_return_sequences": 2, "num_beams": 2}
+    own |= {"do_sample": True, "stop_strings": ["a"], "return_dict_in_generate": True, "forced_eos_token_id": 3}
+    asked = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=["q_proj"])) if has_adapter else model
+    before = asked.generation_config
+    holders = [asked, asked.get_base_model()] if has_adapter else [asked]
+    for holder in holders:
+        holder.generation_config = GenerationConfig()
+        for name, value in own.items():
+            setattr(holder.generation_config, name, value)
+    assert generate_answers(asked, tokenizer, prompts, NEW_TOKENS, 10_000, ends) == expected
+    assert all(holder.generation_config.suppress_tokens == [first] for holder in holders)
+    asked.generation_config = before
 
 
 def test_a_prompt_without_room_for_its_answer_is_refused(model, tokenizer, prompts):

@@ -120,7 +120,7 @@ class Watch:
                 "it was killed or stopped, or its node is cut off"
                 for rank in silent
             }
-        places = {rank: beat.place for rank, beat in self._beats.items()}
+        places = {rank: beat.place for rank, beat in dict(self._beats).items()}  # another thread may add one
         if now - self._progress <= SILENT_SECONDS or len(places) < len(self._heard) or None in places.values():
             return {}
         first, last = max(places.values()), min(places.values())

@@ -26,6 +26,7 @@ BUFFER_BYTES = 1 << 20
 VALUE_BYTES = 64  # what a value or an item of a list takes in Python, besides its text
 MAX_VALUES = 1 << 28  # of a column in a row group: the places of so many take a GiB
 MAX_UNPACKED, MAX_RATIO = 1 << 30, 1000  # bytes of a column in a row group, and how often its compressed bytes
+UNDECODABLE = (ValueError, OverflowError, pyarrow.ArrowException)  # a text that isn't UTF-8, a date beyond Python's
 TOO_LARGE = f"a row of more than {MAX_ROW_BYTES >> 20} MiB"
 
 
@@ -41,6 +42,7 @@ def parquet_rows(path: str) -> Iterator[RawRow]:
         schema, columns = file.schema_arrow, list(map(file.schema.column, range(len(file.schema))))
     if len(set(schema.names)) < len(schema.names):
         raise ValueError(f"two columns have the same name: {', '.join(schema.names)}")
+    schema = pyarrow.schema([field.with_type(_castable(field.type)) for field in schema])
     texts = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
     line = 0
     with pyarrow.parquet.ParquetFile(path, read_dictionary=texts, **options) as file:
@@ -81,9 +83,48 @@ def _rows(batch: pyarrow.RecordBatch, schema: pyarrow.Schema) -> Iterator[RawRow
         else:
             # take, unlike slice, leaves out the items of lists that belong to other rows
             rows = batch if length == len(batch) else batch.take(pyarrow.array(range(start, start + length)))
-            for value in rows.cast(schema).to_pylist():
-                yield RawRow(0, "", value)
+            yield from _values(rows.cast(schema))
         start += length
+
+
+def _values(rows: pyarrow.RecordBatch) -> Iterator[RawRow]:
+    """The rows as objects of Python; one by one if some can't be, and then these are refused alone."""
+    try:
+        values = rows.to_pylist()
+    except UNDECODABLE as error:
+        if len(rows) > 1:
+            for index in range(len(rows)):
+                yield from _values(rows.slice(index, 1))
+        else:
+            reason = "not_utf8" if isinstance(error, UnicodeDecodeError) else "unreadable_value"
+            yield RawRow(0, "", reason=reason, detail=f"a value can't be read: {error}")
+        return
+    yield from (RawRow(0, "", value) for value in values)
+
+
+def _castable(kind: pyarrow.DataType) -> pyarrow.DataType:
+    """A type with the same values, to which texts from a dictionary can be cast: without views.
+
+    Raises:
+        ValueError: a list is a view, of which pyarrow makes invalid arrays.
+    """
+    if types.is_string_view(kind):
+        return pyarrow.large_string()
+    if types.is_binary_view(kind):
+        return pyarrow.large_binary()
+    if types.is_struct(kind):
+        return pyarrow.struct([field.with_type(_castable(field.type)) for field in kind])
+    if types.is_map(kind):
+        return pyarrow.map_(_castable(kind.key_type), _castable(kind.item_type))
+    if types.is_fixed_size_list(kind):
+        return pyarrow.list_(_castable(kind.value_type), kind.list_size)
+    if types.is_list_view(kind) or types.is_large_list_view(kind):
+        raise ValueError(f"a column has the type {kind}, which isn't supported: write it as a list")
+    if types.is_list(kind):
+        return pyarrow.list_(kind.value_field.with_type(_castable(kind.value_type)))
+    if types.is_large_list(kind):
+        return pyarrow.large_list(kind.value_field.with_type(_castable(kind.value_type)))
+    return kind
 
 
 def bytes_of(array: pyarrow.Array) -> np.ndarray:

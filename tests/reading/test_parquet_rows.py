@@ -33,6 +33,8 @@ COLUMNS = {  # type -> three values
     "lists of lists": (pyarrow.list_(pyarrow.list_(pyarrow.string())), [[["a"], []], [None], None]),
     "a large list": (pyarrow.large_list(pyarrow.string()), [["a", "b"], [], None]),
     "a fixed list": (pyarrow.list_(pyarrow.string(), 2), [["a", "b"], None, ["c", None]]),
+    "a view of text": (pyarrow.string_view(), ["a", None, "a longer text than fits into a view"]),
+    "a view of bytes": (pyarrow.binary_view(), [b"a", None, b"c"]),
     "a map": (pyarrow.map_(pyarrow.string(), pyarrow.string()), [[("a", "b")], None, []]),
 }
 
@@ -62,6 +64,29 @@ def test_values_of_every_type_are_read_as_they_were_written(tmp_path, name):
     rows = list(read_rows(str(tmp_path / "a.parquet")))
     assert [row.value for row in rows] == table.to_pylist()
     assert [row.line for row in rows] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("kind", [pyarrow.list_view(pyarrow.int8()), pyarrow.large_list_view(pyarrow.string())])
+def test_views_of_lists_are_refused_with_their_name(tmp_path, kind):
+    pyarrow.parquet.write_table(pyarrow.table({"messages": pyarrow.array([[], None], kind)}), tmp_path / "a.parquet")
+    (row,) = read_rows(str(tmp_path / "a.parquet"))
+    assert row.reason == "unreadable_file"
+    assert "list_view<" in row.detail
+    assert "write it as a list" in row.detail
+
+
+@pytest.mark.parametrize("kind", ["text", "time"])
+def test_a_value_that_cannot_be_read_costs_its_row_alone(tmp_path, kind):
+    rows = [[{"role": "user", "content": str(i)}, {"role": "assistant", "content": "a"}] for i in range(50)]
+    if kind == "text":
+        broken = pyarrow.array([b"ok"] * 10 + [b"\xff"] + [b"ok"] * 39).view(pyarrow.string())
+    else:
+        broken = pyarrow.array([0] * 10 + [2**61] + [0] * 39).view(pyarrow.timestamp("us"))
+    pyarrow.parquet.write_table(pyarrow.table({"messages": rows, "other": broken}), tmp_path / "a.parquet")
+    found = list(read_rows(str(tmp_path / "a.parquet")))
+    assert [row.line for row in found if row.reason] == [11]
+    assert {row.reason for row in found} == {None, "not_utf8" if kind == "text" else "unreadable_value"}
+    assert [row.value["messages"] for row in found if not row.reason] == rows[:10] + rows[11:]
 
 
 @pytest.mark.parametrize("start", [0, 7])
