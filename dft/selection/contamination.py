@@ -295,4 +295,11 @@ def _method(args: argparse.Namespace) -> Decide:
     return decide
 
 
-COMMAND = Command("contamination", "drop rows that hold parts of evaluation rows", __doc__, _add_arguments, _method)
+COMMAND = Command(
+    "contamination",
+    "drop rows that hold parts of evaluation rows",
+    __doc__,
+    _add_arguments,
+    _method,
+    also_read=("eval_data_files",),
+)

@@ -12,7 +12,7 @@ from dft.printable import printable
 from dft.program import rank_and_world_size
 from dft.selection.inputs import InputFile, find_inputs, read_inputs, role_map_of
 from dft.selection.method import Command, Decide, Decision
-from dft.selection.outputs import PAGE, REPORT, check_output, published
+from dft.selection.outputs import PAGE, REPORT, check_output, names_below, published
 from dft.selection.page import page
 from dft.selection.report import make_report, table
 from dft.selection.writing import RowWriter
@@ -36,13 +36,18 @@ def run(command: Command, args: argparse.Namespace) -> str:
     role_map = role_map_of(args.role_map)
     decide = command.method(args)
     files = find_inputs(args.data_files)
-    check_output(args.output, files, args.overwrite)
+    others = [file for flag in command.also_read for file in _named(args, flag)]
+    check_output(args.output, files + others, args.overwrite)
     decision = _decide(decide, files, args.data_format, role_map)
     if rank_and_world_size()[0] > 0:
         return ""
     report = _write(command, args, files, decision)
     lines = [table(report), f"kept rows: {printable(args.output)}/kept", f"report: {printable(args.output)}/{PAGE}"]
     return "\n".join(lines)
+
+
+def _named(args: argparse.Namespace, flag: str) -> list[InputFile]:
+    return find_inputs(getattr(args, flag), flag) if getattr(args, flag) else []
 
 
 def _decide(decide: Decide, files: list[InputFile], data_format: str, role_map: dict[str, str]) -> Decision:
@@ -70,7 +75,7 @@ def _write(command: Command, args: argparse.Namespace, files: list[InputFile], d
             lines = (json.dumps(item, ensure_ascii=False) + "\n" for item in objects)
             _write_text(directory / name, "".join(lines))
         _write_text(directory / PAGE, page(report, decision, writer.examples))
-        written = sorted({REPORT, *(path.name for path in directory.iterdir())})
+        written = sorted({REPORT, *names_below(directory)})
         _write_text(directory / REPORT, json.dumps({**report, "written": written}, indent=1) + "\n")
     return report
 

@@ -180,6 +180,35 @@ def test_what_is_read_is_never_overwritten(tmp_path):
         select(data, tmp_path / "notes.txt")
 
 
+def test_files_of_others_are_never_replaced(tmp_path):
+    """Not even where they lie among the kept rows, or are read for something else than the selection."""
+    data = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    output = select(data, tmp_path / "out")
+    assert report_of(output)["written"] == [
+        "dropped.jsonl", "kept", "kept/rows.jsonl", "selection_report.html", "selection_report.json"
+    ]  # fmt: skip
+    for command, flags in (
+        ("contamination", ["--eval_data_files"]),
+        ("diversity", ["--model", str(tmp_path), "--num_rows", "1", "--seed_files"]),
+    ):
+        with pytest.raises(UserError, match=r"holds .*kept/rows\.jsonl, which is read"):
+            select(data, output, "--overwrite", *flags, str(output / "kept"), command=command)
+    for name in ("kept/mine.jsonl", "kept/notes/a.txt"):
+        (output / name).parent.mkdir(exist_ok=True)
+        (output / name).touch()
+        with pytest.raises(UserError, match="holds kept/(mine.jsonl|notes).*, which is not of a selection"):
+            select(data, output, "--overwrite")
+        assert (output / name).exists()
+        (output / name).unlink()
+
+
+def test_an_output_below_a_file_is_refused_before_rows_are_read(tmp_path, monkeypatch):
+    data = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    monkeypatch.setattr("dft.selection.run.read_inputs", None)
+    with pytest.raises(UserError, match=r"rows\.jsonl is a file, not a directory"):
+        select(data, data / "sub")
+
+
 def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
     """Here a file that grows while it is read."""
     data = write_jsonl(tmp_path / "rows.jsonl", ROWS)
