@@ -273,6 +273,7 @@ def test_contamination_from_files(tmp_path, capsys):
                           {"role": "assistant", "content": f"twelve {i}"}]} for i in range(3)]  # fmt: skip
     data = write_jsonl(tmp_path / "rows.jsonl", ROWS + rows[:1])
     evaluation = tmp_path / "eval.jsonl"
+    rows[0]["messages"].pop()  # a prompt without an answer
     evaluation.write_text("\n".join([*map(json.dumps, rows), "{broken"]), encoding="utf-8")
     output = select(data, tmp_path / "out", "--eval_data_files", str(evaluation), command="contamination")
     (dropped,) = map(json.loads, lines_of(output / "dropped.jsonl"))
