@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import math
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +53,17 @@ def _named(args: argparse.Namespace, flag: str) -> list[InputFile]:
 
 
 def _decide(decide: Decide, files: list[InputFile], data_format: str, role_map: dict[str, str]) -> Decision:
-    decision = decide(read_inputs(files, data_format, role_map))
-    rows = sum(file.rows_read - len(file.dropped) for file in files)
-    assert len(decision.verdicts) == rows, f"{len(decision.verdicts)} verdicts for {rows} rows"
-    if rows == 0:
+    valid = read_inputs(files, data_format, role_map)
+    first_row = next(valid, None)
+    if first_row is None:
         file = next(file for file in files if file.dropped)
         first = next(iter(file.dropped.values()))
         raise UserError(
             f"no row of --data_files can be trained on, the first because: {printable(file.path)}: {first.detail}"
         )
+    decision = decide(chain([first_row], valid))
+    rows = sum(file.rows_read - len(file.dropped) for file in files)
+    assert len(decision.verdicts) == rows, f"{len(decision.verdicts)} verdicts for {rows} rows"
     if all(verdict.reason for verdict in decision.verdicts):
         decision.notes.append("No row is left: loosen the settings.")
     return decision
@@ -81,7 +85,9 @@ def _write(command: Command, args: argparse.Namespace, files: list[InputFile], d
 
 
 def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
+    """A value that JSON has: infinite numbers become texts."""
+    is_plain = not isinstance(value, Path) and not (isinstance(value, float) and not math.isfinite(value))
+    return value if is_plain else str(value)
 
 
 def _write_text(path: Path, text: str) -> None:

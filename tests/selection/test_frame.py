@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow
@@ -15,8 +16,10 @@ from data_utils import load_conversations
 from dft.errors import UserError
 from dft.reading.rows import Conversation
 from dft.selection.inputs import find_inputs, read_inputs
+from dft.selection.method import Decision, Verdict
 from dft.selection.outputs import output_names
-from scripts.select_data import main
+from dft.selection.run import run
+from scripts.select_data import COMMANDS, main, parse
 from tests.helpers import ROOT, write_jsonl
 
 ROWS = [
@@ -256,6 +259,29 @@ def test_files_without_a_valid_row_are_refused(tmp_path):
     with pytest.raises(UserError, match="no row of --data_files can be trained on.*holds no row"):
         select(tmp_path / "empty.jsonl", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("command", "flags"), [("ifd", []), ("ifd-seed", []), ("diversity", ["--num_rows", "1"])])
+def test_commands_that_ask_a_model_say_why_no_row_is_valid(tmp_path, command, flags):
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(UserError, match="no row of --data_files can be trained on.*holds no row"):
+        select(tmp_path / "empty.jsonl", tmp_path / "out", "--model", str(tmp_path), *flags, command=command)
+
+
+def test_numbers_that_json_does_not_have_are_written_as_others(tmp_path):
+    def refuse(word: str):
+        raise AssertionError(word)
+
+    data = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    args = ["ifd", "--model", str(tmp_path), "--data_files", str(data), "--output", str(tmp_path / "out")]
+    args = parse([*args, "--max_ratio", "inf"])
+    verdicts = [Verdict("far", score=float(word)) for word in ("inf", "nan", "0.5", "-inf", "1", "2")]
+    command = replace(COMMANDS["ifd"], method=lambda _: lambda rows: Decision(verdicts[: len(list(rows))]))
+    run(command, args)
+    report = (tmp_path / "out" / "selection_report.json").read_text()
+    assert json.loads(report, parse_constant=refuse)["settings"]["max_ratio"] == "inf"
+    dropped = [json.loads(line, parse_constant=refuse) for line in lines_of(tmp_path / "out" / "dropped.jsonl")]
+    assert [row["score"] for row in dropped] == [None, None, 0.5, None, 1.0, 2.0]
 
 
 def test_a_selection_that_leaves_nothing_says_so(tmp_path, capsys):
