@@ -17,6 +17,7 @@ from data_utils import load_conversations
 from dft.errors import UserError
 from dft.selection.method import apply
 from dft.selection.model_flags import ModelFlags
+from dft.selection.model_rows import compute_rows
 from dft.selection.quality import QualityConfig, quality
 from dft.selection.reward_model import RewardModel, positions
 from tests.helpers import CHATML_TEMPLATE
@@ -177,3 +178,11 @@ def test_scores_that_are_not_finite_name_the_row(conversations, make):
 def test_settings_out_of_range_are_refused(tmp_path, settings, message):
     with pytest.raises(UserError, match=message):
         QualityConfig(ModelFlags(tmp_path), **settings)
+
+
+def test_a_cache_that_is_a_file_is_told_in_words_that_fit(tmp_path, caplog):
+    (tmp_path / "cache").touch()
+    found = compute_rows(np.array([3, 4]), lambda batch: np.ones(len(batch)), 100, tmp_path / "cache")
+    assert found.tolist() == [1, 1]
+    assert "are not kept in" in caplog.text
+    assert "starting weights" not in caplog.text
