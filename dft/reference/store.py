@@ -89,4 +89,4 @@ def save(directories: Iterable[Path], name: str, values: Values) -> None:
         except OSError as error:
             with suppress(OSError):
                 unfinished.unlink()
-            logger.warning("Log-probabilities by the starting weights are not kept in %s: %s", directory, error)
+            logger.warning("Values that were computed are not kept in %s: %s", directory, error)

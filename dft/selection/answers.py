@@ -53,7 +53,8 @@ def answer_rows(
         generated_at_once: tokens of prompts and answers of a batch.
 
     Raises:
-        UserError: the model can't be loaded, has no row for a token, or the device has too little memory.
+        UserError: the model can't be loaded, has no row for a token, or no room for a prompt; or the device has too
+            little memory.
     """
     device = join_ranks(flags.device)
     logging.disable_progress_bar()
@@ -94,6 +95,11 @@ def _prompts(
     """The prompt of each row, int32 [T], and why the others have none."""
     chat_format = ChatFormat(trained.tokenizer)
     room = longest_prompt(trained.model, max_new_tokens)
+    if room < 1:
+        raise UserError(
+            f"--max_new_tokens {max_new_tokens} leaves no room for a prompt: the model takes {room + max_new_tokens} "
+            "tokens with its answer; lower it"
+        )
     prompts: dict[int, np.ndarray] = {}
     refusals: dict[int, RowError] = {}
     for index, row in enumerate(rows):

@@ -5,7 +5,8 @@ in lower case and without punctuation, that both hold. Where one of the two has 
 compared; an evaluation row of fewer than 8 can't be told from common speech, and is left out and counted. In scripts
 without spaces a character counts as a word.
 
-The prompt (the user's messages) and the answer (the assistant's) of an evaluation row are compared one by one. The
+The prompt (the user's messages) and the answer (the assistant's) of an evaluation row are compared one by one; a row
+may have no answer. The
 score of a training row is the share of different n-grams of such a part that it holds, of the part of which it holds
 most. An n-gram that more than `max_rows_per_ngram` training rows hold is taken for boilerplate (an instruction, a
 licence): it counts in the score, but doesn't flag a row by itself. A prompt that many training rows answer has such
@@ -14,7 +15,7 @@ n-grams too, so a row that holds at least `copied_share` of a prompt is dropped 
 
 import argparse
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +24,7 @@ import numpy as np
 from dft.errors import UserError
 from dft.printable import printable
 from dft.reading.rows import Conversation
-from dft.selection.inputs import find_inputs, read_inputs, role_map_of
+from dft.selection.inputs import InputFile, find_inputs, read_inputs, role_map_of
 from dft.selection.method import KEPT, Command, Decide, Decision, Verdict
 from dft.selection.ngram_index import NgramIndex
 from dft.selection.shingles import Hashes, in_batches, shingles, text_of, tokenize
@@ -179,11 +180,14 @@ def _rank(match: Match) -> tuple[bool, float, int]:
 # ---- the command --------------------------------------------------------------------------------
 
 
-def contamination(config: ContaminationConfig, evaluation: Iterable[Conversation]) -> Decide:
+def contamination(
+    config: ContaminationConfig, evaluation: Iterable[Conversation], files: Sequence[InputFile] = ()
+) -> Decide:
     """The method of contamination.
 
     Args:
         evaluation: read once, when the method is used.
+        files: that it is read from, whose malformed rows are told.
     """
 
     def decide(rows: Iterator[Conversation]) -> Decision:
@@ -191,7 +195,7 @@ def contamination(config: ContaminationConfig, evaluation: Iterable[Conversation
         if index.too_short == len(index.places):
             raise UserError(
                 f"no row of --eval_data_files can be compared: {len(index.places)} valid rows, of which "
-                f"{index.too_short} have fewer than {config.short_ngram} words"
+                f"{index.too_short} have fewer than {config.short_ngram} words{_and_malformed(files)}"
             )
         num_rows = 0
 
@@ -202,9 +206,22 @@ def contamination(config: ContaminationConfig, evaluation: Iterable[Conversation
                 yield text_of(row)
 
         matches = find_matches(texts(), index)
-        return _decision(num_rows, matches, index)
+        decision = _decision(num_rows, matches, index)
+        malformed = sum(len(file.dropped) for file in files)
+        if malformed:
+            decision.notes.append(f"{malformed:,} rows of --eval_data_files are malformed and not compared.")
+        return decision
 
     return decide
+
+
+def _and_malformed(files: Sequence[InputFile]) -> str:
+    """The end of a sentence that tells the malformed rows of files; "" where there are none."""
+    dropped = [(file.path, verdict) for file in files for verdict in file.dropped.values()]
+    if not dropped:
+        return ""
+    path, first = dropped[0]
+    return f", and {len(dropped)} malformed ones, the first because: {printable(path)}: {first.detail}"
 
 
 def _decision(num_rows: int, matches: list[Match], evaluation: Evaluation) -> Decision:
@@ -283,16 +300,15 @@ def _method(args: argparse.Namespace) -> Decide:
     both = {file.real_path for file in files} & {file.real_path for file in find_inputs(args.data_files)}
     if both:
         raise UserError(f"--eval_data_files names {printable(min(both))}, which --data_files names too")
-    method = contamination(config, read_inputs(files, args.data_format, role_map_of(args.role_map)))
-
-    def decide(rows: Iterator[Conversation]) -> Decision:
-        decision = method(rows)
-        broken = sum(len(file.dropped) for file in files)
-        if broken:
-            decision.notes.append(f"{broken:,} rows of --eval_data_files are malformed or have no answer.")
-        return decision
-
-    return decide
+    rows = read_inputs(files, args.data_format, role_map_of(args.role_map), with_untrainable=True)
+    return contamination(config, rows, files)
 
 
-COMMAND = Command("contamination", "drop rows that hold parts of evaluation rows", __doc__, _add_arguments, _method)
+COMMAND = Command(
+    "contamination",
+    "drop rows that hold parts of evaluation rows",
+    __doc__,
+    _add_arguments,
+    _method,
+    also_read=("eval_data_files",),
+)

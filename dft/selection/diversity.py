@@ -160,4 +160,11 @@ def _method(args: argparse.Namespace) -> Decide:
     return diversity(config)
 
 
-COMMAND = Command("diversity", "keep few rows that cover the instructions", __doc__, _add_arguments, _method)
+COMMAND = Command(
+    "diversity",
+    "keep few rows that cover the instructions",
+    __doc__,
+    _add_arguments,
+    _method,
+    also_read=("seed_files",),
+)

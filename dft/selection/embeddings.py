@@ -8,6 +8,7 @@ Shapes: R rows, H dimensions, T tokens.
 
 from collections.abc import Sequence
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -96,7 +97,7 @@ def sentence_embeddings(texts: Sequence[str], flags: ModelFlags, max_length: int
 
 
 def read_embeddings(path: Path, flag: str, num_rows: int | None = None) -> np.ndarray:
-    """The array of a file of numpy, [R, H].
+    """The array of a file of numpy, float32 [R, H].
 
     Args:
         flag: that names the file, for messages.
@@ -107,7 +108,7 @@ def read_embeddings(path: Path, flag: str, num_rows: int | None = None) -> np.nd
     """
     try:
         found = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise UserError(f"{flag} {printable(path)} is not a file of numpy.save: {error}") from error
     if not isinstance(found, np.ndarray) or found.ndim != 2 or not np.issubdtype(found.dtype, np.floating):
         kind = f"{found.dtype} {list(found.shape)}" if isinstance(found, np.ndarray) else "several arrays"
@@ -117,4 +118,5 @@ def read_embeddings(path: Path, flag: str, num_rows: int | None = None) -> np.nd
             f"{flag} {printable(path)} has {len(found):,} rows for {num_rows:,} valid rows of --data_files: they must "
             "be of the same rows in the same order"
         )
-    return found
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, which is told with its row
+        return found.astype(np.float32)

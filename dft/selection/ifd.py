@@ -9,8 +9,10 @@ shards: a run that was cut goes on where it was, and another choice computes not
 """
 
 import argparse
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -60,6 +62,11 @@ def check_share(share: float | None) -> None:
         raise UserError(f"--keep_share {share:g} must be above 0 and at most 1")
 
 
+def rows_of_share(share: float, count: int) -> int:
+    """How many rows a share is at least: that of the number as it is written, since 0.07 in binary is a bit more."""
+    return math.ceil(Fraction(str(share)) * int(count))
+
+
 def highest(scores: np.ndarray, eligible: np.ndarray, count: int) -> np.ndarray:
     """Which rows have the highest scores, bool [R]; of equal ones those that come first.
 
@@ -97,7 +104,7 @@ def ifd(config: IfdConfig) -> Decide:
 def _decision(rows: list[Conversation], scores: "IfdScores", config: IfdConfig) -> Decision:
     has_score = ~np.isnan(scores.ratio)
     within = has_score & (scores.ratio >= config.min_ratio) & (scores.ratio < config.max_ratio)
-    wanted = len(rows) if config.keep_share is None else int(np.ceil(config.keep_share * has_score.sum()))
+    wanted = len(rows) if config.keep_share is None else rows_of_share(config.keep_share, has_score.sum())
     kept = highest(scores.ratio, within, wanted)
     verdicts = [_verdict(i, scores, config, bool(within[i]), bool(kept[i])) for i in range(len(rows))]
     notes = []

@@ -10,6 +10,7 @@ needs neither.
 """
 
 import argparse
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -46,6 +47,8 @@ class IfdSeedConfig:
         check_max_length(self.max_length)
         if self.warmup_clusters < 1 or self.warmup_rows < 1:
             raise UserError("--warmup_clusters and --warmup_rows must be at least 1")
+        if self.seed < 0:
+            raise UserError(f"--seed {self.seed} must be at least 0")
 
 
 def ifd_seed(config: IfdSeedConfig) -> Decide:
@@ -66,13 +69,17 @@ def ifd_seed(config: IfdSeedConfig) -> Decide:
         cluster[embedded] = of_embedded
         chosen = draw(cluster, config.warmup_rows, np.random.default_rng(config.seed))
         verdicts = [_verdict(int(c), bool(k)) for c, k in zip(cluster, chosen, strict=True)]
-        note = (
-            "Now train for one epoch: bash scripts/train.sh --model_name_or_path "
-            f"{printable(config.model.directory)} --data_files {printable(config.kept)} --num_train_epochs 1"
-        )
-        return Decision(verdicts, facts={"clusters": len(np.unique(of_embedded))}, notes=[note])
+        facts = {"clusters": len(np.unique(of_embedded))}
+        return Decision(verdicts, facts=facts, notes=[how_to_go_on(config)])
 
     return decide
+
+
+def how_to_go_on(config: IfdSeedConfig) -> str:
+    """The sentence that says how to train on the chosen rows."""
+    flags = ["--model_name_or_path", str(config.model.directory), "--data_files", config.kept]
+    command = shlex.join(["bash", "scripts/train.sh", *flags, "--num_train_epochs", "1"])
+    return f"Now train for one epoch: {printable(command)}"
 
 
 def draw(cluster: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:

@@ -77,11 +77,17 @@ def state_of(path: str) -> tuple[int, int]:
 
 
 def read_inputs(
-    files: list[InputFile], data_format: str, role_map: dict[str, str], progress: bool | None = None
+    files: list[InputFile],
+    data_format: str,
+    role_map: dict[str, str],
+    progress: bool | None = None,
+    *,
+    with_untrainable: bool = False,
 ) -> Iterator[Conversation]:
     """The valid rows of all files, in order; counts all rows, and notes why the others are dropped.
 
     Args:
+        with_untrainable: rows in which the assistant says nothing are valid too.
         progress: show a bar on stderr; None for one where stderr is a terminal.
 
     Raises:
@@ -92,7 +98,7 @@ def read_inputs(
     with tqdm(desc="Reading", total=total, unit="B", unit_scale=True, disable=not is_shown) as bar:
         before = 0  # bytes of the files that have been read
         for file in files:
-            for row in _rows_of(file, data_format, role_map):
+            for row in _rows_of(file, data_format, role_map, with_untrainable):
                 yield row
                 if not file.path.endswith((*COMPRESSED, ".parquet")):  # else the bytes of a row aren't known
                     bar.update(min(len(row.row), before + file.state[0] - bar.n))  # at least: characters of more bytes
@@ -100,9 +106,12 @@ def read_inputs(
             bar.update(before - bar.n)
 
 
-def _rows_of(file: InputFile, data_format: str, role_map: dict[str, str]) -> Iterator[Conversation]:
+def _rows_of(
+    file: InputFile, data_format: str, role_map: dict[str, str], with_untrainable: bool
+) -> Iterator[Conversation]:
     file.rows_read, file.dropped = 0, {}
-    for row in map(reject_untrainable, read_file(file.path, data_format, role_map)):
+    rows = read_file(file.path, data_format, role_map)
+    for row in rows if with_untrainable else map(reject_untrainable, rows):
         file.rows_read += 1
         if isinstance(row, RejectedRow):
             file.dropped[file.rows_read - 1] = Verdict(row.reason, row.detail)

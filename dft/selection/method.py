@@ -46,6 +46,7 @@ class Command:
         description: what its own --help says first.
         add_arguments: adds the flags that only this command has.
         method: makes the method from the flags; raises UserError before a row is read if they can't be used.
+        also_read: flags that name further files of rows, without the dashes.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Command:
     description: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     method: Callable[[argparse.Namespace], Decide]
+    also_read: tuple[str, ...] = ()
 
 
 def apply(rows: list[Conversation], decide: Decide) -> tuple[list[Conversation], list[RejectedRow]]:

@@ -160,7 +160,9 @@ def _choose_augmented(steps: Steps, embeddings: np.ndarray, config: ModsConfig) 
 
     can_be_chosen = steps.is_needed[steps.embedded]
     if not steps.is_needed.any():
-        steps.notes.append(f"No answer of the model scores below {config.beta:g}: the result is the seed set.")
+        scored = int(np.isfinite(steps.answer_quality).sum())
+        which = f"None of the {scored:,} answers that have a score is below {config.beta:g}"
+        steps.notes.append(f"{which if scored else 'No answer has a score'}: the result is the seed set.")
     elif can_be_chosen.any():
         # rows of the seed set may be among them; their distance is 0, so that they aren't chosen again
         seeds = embeddings[np.isin(steps.embedded, steps.seeds)]

@@ -134,7 +134,7 @@ class SeedTraining:
         command = shlex.join(["bash", SCRIPT, *self._own_flags()])
         return (
             f"Now train the initial model on the seed set: {printable(command)} and start mods again with "
-            f"--initial_model {printable(self.model)}, and with --overwrite for the same --output"
+            f"--initial_model {printable(shlex.quote(str(self.model)))}, and with --overwrite for the same --output"
         )
 
     def _own_flags(self, absolute: bool = False) -> list[str]:

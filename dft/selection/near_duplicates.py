@@ -1,4 +1,4 @@
-"""The command near-dedup: of rows that share most of their text, the longest is kept.
+"""The command near-dedup: of rows that share most of their text, that with the longest compared text is kept.
 
 Rows are compared as sets of shingles (runs of words) by their Jaccard similarity J = |A ∩ B| / |A ∪ B|. A. Broder's
 MinHash (On the resemblance and containment of documents, 1997) estimates it: the share of num_perm random orders in
@@ -78,8 +78,9 @@ def near_duplicates(rows: Iterable[Conversation], config: NearDedupConfig | None
 
     def texts() -> Iterator[str]:
         for row in rows:
-            lengths.append(sum(len(message["content"]) for message in row.messages))
-            yield text_of(row, config.part)
+            text = text_of(row, config.part)
+            lengths.append(len(text))
+            yield text
 
     minima, is_empty = _signatures(texts(), config)
     return _clusters(minima, is_empty, np.array(lengths, dtype=np.int64), config.threshold)

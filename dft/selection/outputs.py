@@ -23,6 +23,9 @@ MAX_STEM = 50  # characters of a file's name, so that no file system finds it to
 def check_output(path: Path, files: list[InputFile], overwrite: bool) -> None:
     """Checks, before a row is read, that a selection can be written to a directory.
 
+    Args:
+        files: all that are read, those that are not selected from included.
+
     Raises:
         UserError: it holds something else, a selection that may not be replaced, or a file that is read.
     """
@@ -31,6 +34,8 @@ def check_output(path: Path, files: list[InputFile], overwrite: bool) -> None:
     if inside:
         raise UserError(f"{flag} holds {printable(inside[0])}, which is read: give another directory")
     parent = next(directory for directory in path.absolute().parents if directory.exists())
+    if not parent.is_dir():
+        raise UserError(f"{flag} can't be written: {printable(parent)} is a file, not a directory")
     if not os.access(parent, os.W_OK):
         raise UserError(f"{flag} can't be written: {printable(parent)} allows no new files")
     if not path.exists():
@@ -38,7 +43,7 @@ def check_output(path: Path, files: list[InputFile], overwrite: bool) -> None:
     if not path.is_dir():
         raise UserError(f"{flag} is a file: give a directory")
     try:
-        names = set(os.listdir(path))
+        names = names_below(path)
     except OSError as error:
         raise UserError(f"{flag} can't be read: {error.strerror}") from error
     others = names - _own_names(path)
@@ -48,6 +53,23 @@ def check_output(path: Path, files: list[InputFile], overwrite: bool) -> None:
         )
     if names and not overwrite:
         raise UserError(f"{flag} holds another selection: give another directory, or replace it with --overwrite")
+
+
+def names_below(path: Path) -> set[str]:
+    """All files and directories in a directory and below it, such as kept/a.jsonl; links are not followed.
+
+    Raises:
+        OSError: one can't be read.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    return {
+        Path(directory, name).relative_to(path).as_posix()
+        for directory, directories, files in os.walk(path, onerror=fail)
+        for name in (*directories, *files)
+    }
 
 
 def _own_names(path: Path) -> set[str]:

@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 LITERAL = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"(\s*:)?')  # a string of JSON; with the colon if it is a key
+# the same, or a number, which has no group
+STRING_OR_NUMBER = re.compile(LITERAL.pattern + r"|-?\d[\d.eE+-]*+")
 SEPARATORS = re.compile(r"[ -]")
 DIGITS = tuple("0123456789")
 
@@ -114,17 +116,20 @@ def mask_text(text: str) -> tuple[str, Counter[str]]:
     return text, +found
 
 
-def mask_json(text: str) -> tuple[str, Counter[str]]:
-    """As mask_text, in the strings of a JSON value; keys, numbers and all else stay as they are.
+def mask_json(text: str, with_numbers: bool = False) -> tuple[str, Counter[str]]:
+    """As mask_text, in the strings of a JSON value; keys and all else stay as they are.
 
-    A string that holds JSON itself, such as the arguments of a tool call, is masked in the same way, so that it stays
-    JSON.
+    A string that holds JSON itself, such as the arguments of a tool call, is masked in the same way, and so are its
+    numbers, which are what somebody wrote: it stays JSON.
+
+    Args:
+        with_numbers: a number in which something is found becomes a string.
     """
     found: Counter[str] = Counter()
     parts, end = [], 0
-    for start, stop in _strings(text):
-        value = json.loads(text[start:stop])
-        masked, own = mask_json(value) if _is_json(value) else mask_text(value)
+    for start, stop in _values(text, STRING_OR_NUMBER if with_numbers else LITERAL):
+        value = json.loads(text[start:stop]) if text[start] == '"' else text[start:stop]
+        masked, own = mask_json(value, with_numbers=True) if _is_json(value) else mask_text(value)
         if own:
             found += own
             parts += [text[end:start], json.dumps(masked, ensure_ascii=False)]
@@ -132,9 +137,9 @@ def mask_json(text: str) -> tuple[str, Counter[str]]:
     return "".join([*parts, text[end:]]), found
 
 
-def _strings(text: str) -> Iterator[tuple[int, int]]:
-    """Where the strings of a JSON text are that are not keys."""
-    for match in LITERAL.finditer(text):
+def _values(text: str, pattern: re.Pattern[str]) -> Iterator[tuple[int, int]]:
+    """Where the strings of a JSON text are that are not keys, and its numbers if the pattern finds these."""
+    for match in pattern.finditer(text):
         if match[1] is None:
             yield match.span()
 

@@ -18,7 +18,7 @@ import numpy as np
 from dft.errors import UserError
 from dft.files import path_argument
 from dft.reading.rows import Conversation
-from dft.selection.ifd import check_share, highest
+from dft.selection.ifd import check_share, highest, rows_of_share
 from dft.selection.method import Command, Decide, Decision, Verdict
 from dft.selection.model_flags import ModelFlags, add_model_arguments, check_max_length
 
@@ -61,7 +61,7 @@ def quality(config: QualityConfig) -> Decide:
         scores, refusals = model.scores(conversations, config.max_length, flags.tokens_at_once, flags.cache_dir)
         has_score = ~np.isnan(scores)
         good = has_score if config.alpha is None else has_score & (scores >= config.alpha)
-        wanted = len(scores) if config.keep_share is None else int(np.ceil(config.keep_share * has_score.sum()))
+        wanted = len(scores) if config.keep_share is None else rows_of_share(config.keep_share, has_score.sum())
         kept = highest(scores, good, wanted)
         verdicts = []
         for index, score in enumerate(scores.tolist()):

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase, logging
 
 from dft.chat.template import TEMPLATE_ERRORS
 from dft.errors import UserError
-from dft.model.fit import check_positions, check_vocabulary
+from dft.model.fit import GROWING_TABLES, TABLE_OFFSET, check_positions, check_vocabulary, is_rotary
 from dft.model.tokenizer import load_tokenizer
 from dft.model.trained import MODEL_ERRORS
 from dft.pickles import check_model
@@ -26,6 +27,7 @@ from dft.selection.model_flags import ModelFlags
 from dft.selection.model_rows import compute_rows, shard_directory
 from dft.selection.scoring_model import join_ranks
 
+RELATIVE = "rel_embeddings"  # DeBERTa's table of distances, which are cut to its size
 NO_LIMIT = 10**6  # tokenizers without a longest length say a number above this
 
 
@@ -116,7 +118,8 @@ class RewardModel:
 
     def _limit(self, max_length: int | None) -> int | None:
         own = self.tokenizer.model_max_length
-        limits = [limit for limit in (max_length, own if own < NO_LIMIT else None) if limit is not None]
+        limits = [max_length, own if own < NO_LIMIT else None, positions(self.model)]
+        limits = [limit for limit in limits if limit is not None]
         return min(limits, default=None)
 
     def _check(self, ids: list[np.ndarray]) -> None:
@@ -157,6 +160,24 @@ def _load(flags: ModelFlags) -> PreTrainedModel:
             f"{', '.join(sorted(found['missing_keys'])[:3])}, which would be random"
         )
     return model
+
+
+def positions(model: PreTrainedModel) -> int | None:
+    """The tokens that a model's table of positions has room for; None where it has no such table."""
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if not limit or limit < 0 or is_rotary(config) or config.model_type in GROWING_TABLES:
+        return None
+    vocabulary = model.get_input_embeddings()
+    rooms = [
+        len(buffer) for buffer in model.buffers() if buffer.ndim == 2 and 0 <= len(buffer) - limit <= TABLE_OFFSET
+    ]
+    for name, module in model.named_modules():
+        is_table = isinstance(module, nn.Embedding) and module is not vocabulary and not name.endswith(RELATIVE)
+        if is_table and 0 <= module.num_embeddings - limit <= TABLE_OFFSET:
+            # positions are counted from behind that of the padding, where there is one
+            rooms.append(limit if module.padding_idx is None else module.num_embeddings - module.padding_idx - 1)
+    return min([limit, *rooms]) if rooms else None
 
 
 def label_index(model: PreTrainedModel, label: str | None, what: str) -> int | None:

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import math
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from dft.printable import printable
 from dft.program import rank_and_world_size
 from dft.selection.inputs import InputFile, find_inputs, read_inputs, role_map_of
 from dft.selection.method import Command, Decide, Decision
-from dft.selection.outputs import PAGE, REPORT, check_output, published
+from dft.selection.outputs import PAGE, REPORT, check_output, names_below, published
 from dft.selection.page import page
 from dft.selection.report import make_report, table
 from dft.selection.writing import RowWriter
@@ -36,7 +38,8 @@ def run(command: Command, args: argparse.Namespace) -> str:
     role_map = role_map_of(args.role_map)
     decide = command.method(args)
     files = find_inputs(args.data_files)
-    check_output(args.output, files, args.overwrite)
+    others = [file for flag in command.also_read for file in _named(args, flag)]
+    check_output(args.output, files + others, args.overwrite)
     decision = _decide(decide, files, args.data_format, role_map)
     if rank_and_world_size()[0] > 0:
         return ""
@@ -45,16 +48,22 @@ def run(command: Command, args: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
+def _named(args: argparse.Namespace, flag: str) -> list[InputFile]:
+    return find_inputs(getattr(args, flag), flag) if getattr(args, flag) else []
+
+
 def _decide(decide: Decide, files: list[InputFile], data_format: str, role_map: dict[str, str]) -> Decision:
-    decision = decide(read_inputs(files, data_format, role_map))
-    rows = sum(file.rows_read - len(file.dropped) for file in files)
-    assert len(decision.verdicts) == rows, f"{len(decision.verdicts)} verdicts for {rows} rows"
-    if rows == 0:
+    valid = read_inputs(files, data_format, role_map)
+    first_row = next(valid, None)
+    if first_row is None:
         file = next(file for file in files if file.dropped)
         first = next(iter(file.dropped.values()))
         raise UserError(
             f"no row of --data_files can be trained on, the first because: {printable(file.path)}: {first.detail}"
         )
+    decision = decide(chain([first_row], valid))
+    rows = sum(file.rows_read - len(file.dropped) for file in files)
+    assert len(decision.verdicts) == rows, f"{len(decision.verdicts)} verdicts for {rows} rows"
     if all(verdict.reason for verdict in decision.verdicts):
         decision.notes.append("No row is left: loosen the settings.")
     return decision
@@ -70,13 +79,15 @@ def _write(command: Command, args: argparse.Namespace, files: list[InputFile], d
             lines = (json.dumps(item, ensure_ascii=False) + "\n" for item in objects)
             _write_text(directory / name, "".join(lines))
         _write_text(directory / PAGE, page(report, decision, writer.examples))
-        written = sorted({REPORT, *(path.name for path in directory.iterdir())})
+        written = sorted({REPORT, *names_below(directory)})
         _write_text(directory / REPORT, json.dumps({**report, "written": written}, indent=1) + "\n")
     return report
 
 
 def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
+    """A value that JSON has: infinite numbers become texts."""
+    is_plain = not isinstance(value, Path) and not (isinstance(value, float) and not math.isfinite(value))
+    return value if is_plain else str(value)
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -1,6 +1,7 @@
 """The second reading of the files: each row is written to its file or to dropped.jsonl, and counted."""
 
 import json
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -89,9 +90,8 @@ class RowWriter:
                 verdict = file.dropped.get(result.rows_read) or next(self._verdicts)
                 result.rows_read += 1
                 if verdict.reason:
-                    self._drop(
-                        Dropped(file.path, raw.line, verdict.reason, verdict.score, verdict.detail, text_of(raw))
-                    )
+                    score = None if verdict.score is None or not math.isfinite(verdict.score) else verdict.score
+                    self._drop(Dropped(file.path, raw.line, verdict.reason, score, verdict.detail, text_of(raw)))
                     result.dropped[verdict.reason] += 1
                 else:
                     kept.write(on_one_line(verdict.text or text_of(raw)) + "\n")

@@ -210,16 +210,33 @@ def test_check_digits():
 
 def test_masking_changes_only_the_strings_that_hold_something():
     """Numbers, keys, escapes and white space stay word for word; JSON in a string stays JSON."""
-    inner = json.dumps({"to": "ada@example.org", "number": 13812345678})
+    inner = json.dumps({"to": "ada@example.org", "13812345678": [13812345678, 1.5e3, -7]})
     start = '{ "ada@example.org": 1.10, "big": 12345678901234567890123, "n": 1e400, "e": "caf\\u00e9\\n",'
     message = '{"role":"user","content":"Mail ada@example.org \\"now\\""}'
     masked, found = mask_json(f'{start} "messages": [{message}], "arguments": {json.dumps(inner)}}}')
-    assert found == {"mail": 2}
+    assert found == {"mail": 2, "phone": 1}
     assert masked.startswith(f'{start} "messages": [{{"role":"user","content":')
     value = json.loads(masked)
     assert value["messages"][0]["content"] == 'Mail [MAIL] "now"'
-    assert json.loads(value["arguments"]) == {"to": "[MAIL]", "number": 13812345678}
+    assert json.loads(value["arguments"]) == {"to": "[MAIL]", "13812345678": ["[PHONE]", 1.5e3, -7]}
     assert mask_json('{"a": "nothing"}') == ('{"a": "nothing"}', {})
+
+
+@pytest.mark.parametrize(
+    ("message", "masked"),
+    [
+        ("[4111111111111111]", '["[CARD]"]'),
+        ('{"phone": 13812345678}', '{"phone": "[PHONE]"}'),
+        ('{"a": "{\\"b\\":13812345678}"}', '{"a": "{\\"b\\":\\"[PHONE]\\"}"}'),
+        ('{"4111111111111111": 3.14159265358979323846}', None),
+        ("[4111111111111112, -5, 1700000000000]", None),
+    ],
+)
+def test_numbers_of_a_message_that_is_json_are_found(message, masked):
+    """But not those of the row itself, such as its id."""
+    row, found = mask_json(json.dumps({"id": 4111111111111111, "content": message}))
+    assert json.loads(row) == {"id": 4111111111111111, "content": masked or message}
+    assert found.total() == (masked is not None)
 
 
 def test_what_is_done_with_personal_data():

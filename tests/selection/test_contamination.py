@@ -1,11 +1,13 @@
 """contamination: planted rows are found, boilerplate isn't taken for one."""
 
+import json
 import random
 
 import pytest
 
 from dft.errors import UserError
 from dft.selection.contamination import ContaminationConfig, contaminated_rows, contamination
+from dft.selection.inputs import find_inputs, read_inputs
 from tests.selection.rows import Writer, conversation
 
 
@@ -121,6 +123,27 @@ def test_the_decision_names_evaluation_rows():
     assert decision.facts["evaluation_rows_too_short"] == 1
     with pytest.raises(UserError, match="1 valid rows, of which 1 have fewer than 8 words"):
         contamination(ContaminationConfig(), evaluation[3:])(iter(rows))
+
+
+def test_evaluation_rows_need_no_answer(tmp_path):
+    """Prompts alone are compared, and only rows that are broken are called malformed."""
+    writer = Writer(8)
+    prompts = texts(writer, 30, 30)
+    rows = [{"messages": [{"role": "user", "content": prompt}]} for prompt in prompts]
+    rows[1]["messages"].append({"role": "assistant", "content": ""})
+    lines = [*map(json.dumps, rows), "{broken"]
+
+    def method(text: str):
+        (tmp_path / "eval.jsonl").write_text(text, encoding="utf-8")
+        files = find_inputs([str(tmp_path / "eval.jsonl")], "eval_data_files")
+        return contamination(ContaminationConfig(), read_inputs(files, "auto", {}, with_untrainable=True), files)
+
+    training = [conversation(prompt, "yes") for prompt in [*prompts, *texts(writer, 30)]]
+    decision = method("\n".join(lines))(iter(training))
+    assert [verdict.reason for verdict in decision.verdicts] == ["contaminated", "contaminated", ""]
+    assert "1 rows of --eval_data_files are malformed and not compared." in decision.notes
+    with pytest.raises(UserError, match=r"0 valid rows, .*, and 1 malformed ones, the first because: .*eval\.jsonl: "):
+        method("{broken")(iter(training))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """The commands that choose by embeddings: which rows they keep, by which numbers, and what they refuse."""
 
 import json
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +11,8 @@ import torch
 from data_utils import load_conversations
 from dft.errors import UserError
 from dft.selection.diversity import DiversityConfig, diversity
-from dft.selection.embeddings import embed, instruction, mean_hidden_states
-from dft.selection.ifd_seed import IfdSeedConfig, draw, ifd_seed
+from dft.selection.embeddings import embed, instruction, mean_hidden_states, read_embeddings
+from dft.selection.ifd_seed import IfdSeedConfig, draw, how_to_go_on, ifd_seed
 from dft.selection.inputs import find_inputs
 from dft.selection.k_center import k_center_greedy
 from dft.selection.method import apply
@@ -93,9 +95,23 @@ def test_embeddings_that_do_not_fit_are_refused(conversations, tmp_path):
         np.save(path, array)
         with pytest.raises(UserError, match=message):
             apply(conversations, diversity(config))
+    for content in (b"", b"PK\x03\x04broken", b"PK\x05\x06"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="not a file of numpy.save"):
+            apply(conversations, diversity(config))
     path.unlink()
     with pytest.raises(UserError, match="not a file of numpy.save"):
         apply(conversations, diversity(config))
+
+
+@pytest.mark.parametrize("kind", ["<f2", "<f4", ">f4", ">f8", "longdouble"])
+def test_embeddings_of_every_kind_of_number_are_read(tmp_path, kind):
+    array = np.arange(12, dtype=np.float32).reshape(4, 3)
+    np.save(tmp_path / "e.npy", array.astype(kind))
+    found = read_embeddings(tmp_path / "e.npy", "--embeddings")
+    assert (found.dtype, found.dtype.isnative) == (np.float32, True)
+    np.testing.assert_array_equal(found, array)
+    assert len(k_center_greedy(found, 2).picks) == 2
 
 
 def test_rows_without_an_instruction_are_dropped(flags, tmp_path):
@@ -143,3 +159,11 @@ def test_a_missing_package_is_told_with_its_remedy(conversations, flags, tmp_pat
 def test_settings_that_contradict_each_other_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
         DiversityConfig(**settings)
+
+
+def test_the_command_that_trains_can_be_pasted(flags):
+    with pytest.raises(UserError, match="--seed -1 must be at least 0"):
+        IfdSeedConfig(flags, seed=-1)
+    config = IfdSeedConfig(ModelFlags(Path("my model")), kept="my rows/kept")
+    words = shlex.split(how_to_go_on(config).partition(": ")[2])
+    assert words[2:6] == ["--model_name_or_path", "my model", "--data_files", "my rows/kept"]

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow
@@ -15,8 +16,10 @@ from data_utils import load_conversations
 from dft.errors import UserError
 from dft.reading.rows import Conversation
 from dft.selection.inputs import find_inputs, read_inputs
+from dft.selection.method import Decision, Verdict
 from dft.selection.outputs import output_names
-from scripts.select_data import main
+from dft.selection.run import run
+from scripts.select_data import COMMANDS, main, parse
 from tests.helpers import ROOT, write_jsonl
 
 ROWS = [
@@ -180,6 +183,35 @@ def test_what_is_read_is_never_overwritten(tmp_path):
         select(data, tmp_path / "notes.txt")
 
 
+def test_files_of_others_are_never_replaced(tmp_path):
+    """Not even where they lie among the kept rows, or are read for something else than the selection."""
+    data = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    output = select(data, tmp_path / "out")
+    assert report_of(output)["written"] == [
+        "dropped.jsonl", "kept", "kept/rows.jsonl", "selection_report.html", "selection_report.json"
+    ]  # fmt: skip
+    for command, flags in (
+        ("contamination", ["--eval_data_files"]),
+        ("diversity", ["--model", str(tmp_path), "--num_rows", "1", "--seed_files"]),
+    ):
+        with pytest.raises(UserError, match=r"holds .*kept/rows\.jsonl, which is read"):
+            select(data, output, "--overwrite", *flags, str(output / "kept"), command=command)
+    for name in ("kept/mine.jsonl", "kept/notes/a.txt"):
+        (output / name).parent.mkdir(exist_ok=True)
+        (output / name).touch()
+        with pytest.raises(UserError, match="holds kept/(mine.jsonl|notes).*, which is not of a selection"):
+            select(data, output, "--overwrite")
+        assert (output / name).exists()
+        (output / name).unlink()
+
+
+def test_an_output_below_a_file_is_refused_before_rows_are_read(tmp_path, monkeypatch):
+    data = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    monkeypatch.setattr("dft.selection.run.read_inputs", None)
+    with pytest.raises(UserError, match=r"rows\.jsonl is a file, not a directory"):
+        select(data, data / "sub")
+
+
 def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
     """Here a file that grows while it is read."""
     data = write_jsonl(tmp_path / "rows.jsonl", ROWS)
@@ -229,6 +261,29 @@ def test_files_without_a_valid_row_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("command", "flags"), [("ifd", []), ("ifd-seed", []), ("diversity", ["--num_rows", "1"])])
+def test_commands_that_ask_a_model_say_why_no_row_is_valid(tmp_path, command, flags):
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(UserError, match="no row of --data_files can be trained on.*holds no row"):
+        select(tmp_path / "empty.jsonl", tmp_path / "out", "--model", str(tmp_path), *flags, command=command)
+
+
+def test_numbers_that_json_does_not_have_are_written_as_others(tmp_path):
+    def refuse(word: str):
+        raise AssertionError(word)
+
+    data = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    args = ["ifd", "--model", str(tmp_path), "--data_files", str(data), "--output", str(tmp_path / "out")]
+    args = parse([*args, "--max_ratio", "inf"])
+    verdicts = [Verdict("far", score=float(word)) for word in ("inf", "nan", "0.5", "-inf", "1", "2")]
+    command = replace(COMMANDS["ifd"], method=lambda _: lambda rows: Decision(verdicts[: len(list(rows))]))
+    run(command, args)
+    report = (tmp_path / "out" / "selection_report.json").read_text()
+    assert json.loads(report, parse_constant=refuse)["settings"]["max_ratio"] == "inf"
+    dropped = [json.loads(line, parse_constant=refuse) for line in lines_of(tmp_path / "out" / "dropped.jsonl")]
+    assert [row["score"] for row in dropped] == [None, None, 0.5, None, 1.0, 2.0]
+
+
 def test_a_selection_that_leaves_nothing_says_so(tmp_path, capsys):
     data = write_jsonl(tmp_path / "rows.jsonl", ROWS)
     output = select(data, tmp_path / "out", "--min_characters", "1000")
@@ -244,6 +299,7 @@ def test_contamination_from_files(tmp_path, capsys):
                           {"role": "assistant", "content": f"twelve {i}"}]} for i in range(3)]  # fmt: skip
     data = write_jsonl(tmp_path / "rows.jsonl", ROWS + rows[:1])
     evaluation = tmp_path / "eval.jsonl"
+    rows[0]["messages"].pop()  # a prompt without an answer
     evaluation.write_text("\n".join([*map(json.dumps, rows), "{broken"]), encoding="utf-8")
     output = select(data, tmp_path / "out", "--eval_data_files", str(evaluation), command="contamination")
     (dropped,) = map(json.loads, lines_of(output / "dropped.jsonl"))

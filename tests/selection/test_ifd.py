@@ -15,7 +15,7 @@ from dft.reading.rows import Conversation
 from dft.selection import ifd_scores as module
 from dft.selection import model_rows
 from dft.selection.embeddings import instruction, mean_hidden_states
-from dft.selection.ifd import COMMAND, IfdConfig, highest, ifd
+from dft.selection.ifd import COMMAND, IfdConfig, highest, ifd, rows_of_share
 from dft.selection.ifd_scores import answer_pairs, before_answer, ifd_scores
 from dft.selection.method import apply
 from dft.selection.model_flags import ModelFlags
@@ -251,3 +251,11 @@ def test_the_program_on_two_processes_writes_what_one_writes(tiny_model, chat_fi
     scores = [[json.loads(line)["ifd"] for line in part] for part in lines]
     assert len(scores[0]) == 40
     assert scores[0] == pytest.approx(scores[1], rel=1e-5)
+
+
+def test_a_share_is_that_of_the_number_as_it_is_written():
+    """0.07 * 100 is 7.000000000000001."""
+    for per_cent in range(1, 101):
+        assert rows_of_share(per_cent / 100, 100) == per_cent
+    assert [rows_of_share(0.07, count) for count in (0, 1, 14, 15)] == [0, 1, 1, 2]
+    assert rows_of_share(1e-05, np.int64(100_000)) == 1

@@ -212,7 +212,8 @@ def test_sets_that_are_too_small_are_told(conversations, config):
 
 def test_a_model_that_needs_nothing_leaves_the_seed_set(conversations, config):
     decision = mods(replace(config, beta=-10.0))(iter(conversations))
-    assert any("the result is the seed set" in note for note in decision.notes)
+    scored = "None of the 35 answers that have a score is below -10: the result is the seed set."
+    assert scored in decision.notes
     assert sum(not verdict.reason for verdict in decision.verdicts) == 5
     assert {verdict.reason for verdict in decision.verdicts} == {"", "answered_well", "no_instruction"}
 
@@ -223,7 +224,7 @@ def test_nothing_of_high_quality_keeps_nothing(conversations, config):
     assert not config.training.work.exists()
 
 
-@pytest.mark.parametrize("room", [60, 0])
+@pytest.mark.parametrize("room", [60, 1])
 def test_rows_without_room_for_an_answer_are_dropped_with_a_reason(conversations, config, room, monkeypatch):
     monkeypatch.setattr("dft.selection.answers.longest_prompt", lambda model, new: room)
     decision = mods(config)(iter(conversations))
@@ -231,8 +232,14 @@ def test_rows_without_room_for_an_answer_are_dropped_with_a_reason(conversations
     assert dropped
     assert f"with --max_new_tokens the model takes {room}" in dropped[0].detail
     assert any("rows of high quality have no answer with a score" in note for note in decision.notes)
-    assert (decision.facts["rows"]["necessity"] == 0) == (room == 0)
-    assert any("the result is the seed set" in note for note in decision.notes) == (room == 0)
+    assert (decision.facts["rows"]["necessity"] == 0) == (room == 1)
+    assert ("No answer has a score: the result is the seed set." in decision.notes) == (room == 1)
+
+
+def test_a_model_without_room_for_any_prompt_is_refused(conversations, config, monkeypatch):
+    monkeypatch.setattr("dft.selection.answers.longest_prompt", lambda model, new: 5 - new)
+    with pytest.raises(UserError, match=f"--max_new_tokens {NEW_TOKENS} leaves no room .* takes 5 tokens"):
+        mods(config)(iter(conversations))
 
 
 def test_an_answer_that_the_reward_model_does_not_take_is_not_judged(conversations, config, reward_model, tmp_path):

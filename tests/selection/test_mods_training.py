@@ -1,5 +1,6 @@
 """The initial model of MoDS is trained once for a seed set, goes on after a failure, and replaces no other."""
 
+import shlex
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -90,3 +91,10 @@ def test_flags_that_can_not_be_used_are_refused(training, monkeypatch):
     monkeypatch.setattr(mods_training, "PROJECT", Path("/nowhere"))
     with pytest.raises(UserError, match="isn't beside the package"):
         replace(training, flags=["--bf16", "True"])
+
+
+def test_the_commands_that_go_on_can_be_pasted(tmp_path):
+    training = SeedTraining(ModelFlags(tmp_path), tmp_path / "my work")
+    words = shlex.split(training.how_to_go_on())
+    assert words[words.index("--initial_model") + 1] == f"{training.model},"
+    assert words[words.index("--output_dir") + 1] == str(training.model)

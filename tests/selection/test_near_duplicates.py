@@ -52,6 +52,19 @@ def test_the_longest_row_is_kept_and_of_equal_ones_the_first():
     assert sorted(cluster.members) == [0, 2, 3]
 
 
+def test_only_what_is_compared_counts_as_length():
+    """Neither the words of the system, nor those of the other roles where one part is compared."""
+    words = Writer(9).words(200)
+    rows = [as_row(words[:-1]), as_row(words)]
+    rows[0].messages.insert(0, {"role": "system", "content": "You are a helpful assistant."})
+    (cluster,) = near_duplicates(rows)
+    assert cluster.kept == 1
+    prompt = " ".join(words)
+    rows = [conversation(prompt, "a longer answer"), conversation(f"{prompt} more", "yes")]
+    (cluster,) = near_duplicates(rows, NearDedupConfig(part="user"))
+    assert cluster.kept == 1
+
+
 def test_every_dropped_row_is_similar_to_the_one_that_is_kept():
     """In a chain each row is similar to the next; its ends are not similar, and one doesn't replace the other."""
     writer = Writer(3)

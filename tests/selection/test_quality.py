@@ -3,19 +3,38 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, Qwen3Config
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    DebertaV2Config,
+    OPTConfig,
+    Qwen3Config,
+    RobertaConfig,
+)
 
 from data_utils import load_conversations
 from dft.errors import UserError
 from dft.selection.method import apply
 from dft.selection.model_flags import ModelFlags
+from dft.selection.model_rows import compute_rows
 from dft.selection.quality import QualityConfig, quality
-from dft.selection.reward_model import RewardModel
+from dft.selection.reward_model import RewardModel, positions
 from tests.helpers import CHATML_TEMPLATE
 
 SIZES = {"vocab_size": 600, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 DECODER = Qwen3Config(**SIZES, num_attention_heads=4, num_key_value_heads=2, head_dim=8, initializer_range=0.3)
 ENCODER = BertConfig(**SIZES, num_attention_heads=4, max_position_embeddings=512, initializer_range=0.3)
+DISTANCES = {
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "relative_attention": True,
+    "position_buckets": 32,
+}
+OPT_SIZES = {
+    "vocab_size": 600, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}  # fmt: skip
 CASES = {  # a configuration, a template, labels, the label that is asked for
     "a decoder with a template": (DECODER, CHATML_TEMPLATE, ["score"], None),
     "an encoder of pairs": (ENCODER, None, ["score"], None),
@@ -95,6 +114,36 @@ def test_rows_that_are_too_long_are_dropped_with_a_reason(conversations, make):
     assert "more than the 40" in dropped[0].detail
 
 
+def test_rows_that_are_longer_than_the_table_of_positions_are_dropped(conversations, make, tokenizer):
+    """Whatever the tokenizer says of its longest row."""
+    tokenizer.model_max_length = 10**30
+    flags = make(BertConfig(**{**ENCODER.to_dict(), "max_position_embeddings": 40}), None, ["score"])
+    scores, refusals = RewardModel(flags).scores(conversations, None, 400, None)
+    assert 0 < len(refusals) < len(conversations)
+    assert {error.reason for error in refusals.values()} == {"too_long"}
+    assert set(np.flatnonzero(np.isnan(scores)).tolist()) == set(refusals)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (DECODER, None),
+        (ENCODER, 512),
+        (RobertaConfig(**SIZES, num_attention_heads=4, max_position_embeddings=66, pad_token_id=1), 64),
+        (OPTConfig(**OPT_SIZES, max_position_embeddings=64), 64),
+        (DebertaV2Config(**SIZES, **DISTANCES, position_biased_input=False), None),
+        (DebertaV2Config(**SIZES, **DISTANCES, position_biased_input=True), 64),
+    ],
+)
+def test_the_room_of_a_table_is_what_the_model_takes(config, expected):
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    assert positions(model) == expected
+    if expected is not None:
+        model(torch.full((1, expected), 5))
+        with pytest.raises((IndexError, RuntimeError)):
+            model(torch.full((1, expected + 1), 5))
+
+
 @pytest.mark.parametrize(
     ("labels", "label", "message"),
     [
@@ -129,3 +178,11 @@ def test_scores_that_are_not_finite_name_the_row(conversations, make):
 def test_settings_out_of_range_are_refused(tmp_path, settings, message):
     with pytest.raises(UserError, match=message):
         QualityConfig(ModelFlags(tmp_path), **settings)
+
+
+def test_a_cache_that_is_a_file_is_told_in_words_that_fit(tmp_path, caplog):
+    (tmp_path / "cache").touch()
+    found = compute_rows(np.array([3, 4]), lambda batch: np.ones(len(batch)), 100, tmp_path / "cache")
+    assert found.tolist() == [1, 1]
+    assert "are not kept in" in caplog.text
+    assert "starting weights" not in caplog.text
