@@ -96,16 +96,17 @@ class StageCallback(TrainerCallback):
         )
 
     def on_step_end(self, args, state, control, **kwargs):
-        """At the last step of a stage: no record is of two stages."""
+        """At the last step of a stage: with --logging_strategy steps, no record is of two stages."""
         planned = self._stages.stages[self._stages.number_at(state.global_step - 1) - 1]
         if state.global_step != planned.first_step + planned.num_steps:
             return
         if args.logging_strategy == IntervalStrategy.STEPS:
             control.should_log = True
         ends_epoch = state.global_step == state.max_steps  # which --eval_strategy epoch evaluates itself
-        evaluates = args.eval_strategy == IntervalStrategy.STEPS
-        evaluates |= args.eval_strategy == IntervalStrategy.EPOCH and not ends_epoch
-        if evaluates and state.global_step >= (args.eval_delay or 0):
+        by_epoch = args.eval_strategy == IntervalStrategy.EPOCH
+        evaluates = args.eval_strategy == IntervalStrategy.STEPS or (by_epoch and not ends_epoch)
+        done = state.epoch if by_epoch else state.global_step  # a delay is in epochs or in steps, as in transformers
+        if evaluates and done >= (args.eval_delay or 0):
             control.should_evaluate = True
 
 

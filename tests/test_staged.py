@@ -117,6 +117,12 @@ def test_stages_are_named_at_their_start_and_recorded_and_evaluated_at_their_end
     by_epoch = staged(eval_strategy="epoch")
     by_epoch.train()
     assert [r["step"] for r in by_epoch.state.log_history if "eval_loss" in r] == [3, 6, 9]
+    delayed = [({"eval_strategy": "epoch"}, 0.5, [6, 9]), ({"eval_strategy": "epoch"}, 1, [9])]
+    delayed += [({"eval_strategy": "steps", "eval_steps": 100}, 4, [6, 9])]
+    for settings, delay, steps in delayed:
+        late = staged(eval_delay=delay, **settings)
+        late.train()
+        assert [r["step"] for r in late.state.log_history if "eval_loss" in r] == steps
     never = staged()
     never.train()
     assert not any("eval_loss" in r for r in never.state.log_history)

@@ -22,6 +22,9 @@ from dft.batching.sampler import grouped_by_length
 from dft.config.stages import Stage
 from dft.errors import UserError
 
+MAX_DRAWS = 200_000_000  # rows that a stage draws, which take some 12 GiB on each rank while they are planned
+MAX_ROUNDS = 1_000_000  # passes of a stage, or times that it goes over a source: some 20 microseconds each
+INDICES_AT_ONCE = 1 << 16  # that are Python's own integers, of 40 bytes
 Sources = dict[str, tuple[np.ndarray, float]]  # the rows of each source, int64, and their weight, see Stage.sources
 
 
@@ -109,7 +112,8 @@ class StagedOrder(Sampler[int]):
         return len(self.items)
 
     def __iter__(self) -> Iterator[int]:
-        yield from self.items.tolist()
+        for first in range(0, len(self.items), INDICES_AT_ONCE):
+            yield from self.items[first : first + INDICES_AT_ONCE].tolist()
 
 
 def plan_stages(
@@ -126,8 +130,12 @@ def plan_stages(
         num_steps: of the training, which stages in steps share. Those in epochs have their own.
 
     Raises:
-        UserError: a stage would have no step, or no row.
+        UserError: a stage would have no step, or no row, or more of them than can be planned.
+        ValueError: bins are to be grouped by length, which would move rows into other bins.
     """
+    has_bins = batches.bins(lengths[:1]) is not None
+    if has_bins and batches.strategy == "group_by_length":
+        raise ValueError("the strategy group_by_length needs rows that are items of their own, not bins; use random")
     planned: list[PlannedStage] = []
     done, share = 0, 0
     for number, (stage, of_stage) in enumerate(zip(stages, sources, strict=True)):
@@ -139,7 +147,6 @@ def plan_stages(
         drawn = _Draws(stage, of_stage, lengths, batches, number).fill(steps)
         planned.append(PlannedStage(stage, done, *drawn))
         done += planned[-1].num_steps
-    has_bins = batches.bins(lengths[:1]) is not None
     return StagePlan(tuple(planned), batches.rows_per_batch * batches.batches_per_step, has_bins)
 
 
@@ -156,10 +163,12 @@ class _Stream:
 
     def take(self, count: int) -> np.ndarray:
         """The next rows, int64 [count]."""
-        while len(self._rest) < count:
-            again = self._rows if self._rng is None else self._rng.permutation(self._rows)
-            self._rest = np.concatenate([self._rest, again])
-        taken, self._rest = self._rest[:count], self._rest[count:]
+        parts, length = [self._rest], len(self._rest)
+        while length < count:
+            parts.append(self._rows if self._rng is None else self._rng.permutation(self._rows))
+            length += len(parts[-1])
+        rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        taken, self._rest = rows[:count], rows[count:]
         return taken
 
 
@@ -177,6 +186,7 @@ class _Draws:
         self._keeps_order = batches.strategy == "sequential"
         self._streams = [_Stream(rows, None if self._keeps_order else self._rng) for rows, _ in sources.values()]
         self._quotas = [weight * len(rows) for rows, weight in sources.values()]  # rows of a source in a pass
+        self._largest_weight = max(weight for _, weight in sources.values())
         self._passes = 0
         if sum(map(round, self._quotas)) == 0:
             raise UserError(f"{stage.place}: a pass of stage {stage.name!r} has less than one row; raise its weights")
@@ -202,13 +212,17 @@ class _Draws:
             steps: None for as many as the stage's epochs take.
 
         Raises:
-            UserError: it has no step.
+            UserError: it has no step, or too many.
         """
         per_step = self._batches.rows_per_batch * self._batches.batches_per_step
-        rows, items, count = [], [], 0
+        rows, items, count, num_rows = [], [], 0, 0
         passes = math.inf if self._stage.epochs is None else self._stage.epochs
+        # a step holds at least a row for each item, so this is the least that is drawn
+        self._check_size(sum(self._quotas) * max(1, passes) if steps is None else steps * per_step)
         while count < (math.inf if steps is None else steps * per_step):
             new_rows, new_items = self._next_pass()
+            num_rows += len(new_rows)
+            self._check_size(num_rows)
             rows.append(new_rows)
             items.append(new_items + count)
             in_pass = int(new_items[-1]) + 1 if len(new_items) else 0
@@ -224,6 +238,23 @@ class _Draws:
         every_row, every_item = np.concatenate(rows), np.concatenate(items)
         kept = every_item < steps * per_step
         return steps, *self._grouped(every_row[kept], every_item[kept])
+
+    def _check_size(self, num_rows: float) -> None:
+        """Checks that so many rows of the stage can be planned.
+
+        Raises:
+            UserError: they are too many, or too many passes.
+        """
+        num_rows = max(num_rows, sum(self._quotas))  # a pass is drawn whole
+        rounds = num_rows / sum(self._quotas) * max(1, self._largest_weight)
+        if num_rows <= MAX_DRAWS and rounds <= MAX_ROUNDS:
+            return
+        remedy = "its epochs" if self._stage.steps is None else "--max_steps, --num_train_epochs"
+        raise UserError(
+            f"{self._stage.place}: stage {self._stage.name!r} draws at least {num_rows:,.0f} rows and goes "
+            f"{rounds:,.0f} times over its sources; a stage can draw at most {MAX_DRAWS:,} rows and go at most "
+            f"{MAX_ROUNDS:,} times over its sources: lower {remedy} or the numbers of its sources"
+        )
 
     def _grouped(self, rows: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The same, with rows of similar length in a step where the strategy is group_by_length."""

@@ -60,7 +60,11 @@ def load_stages(path: str) -> tuple[Stage, ...]:
     shown = printable(path)
     try:
         node = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except RecursionError as error:
+        raise UserError(
+            f"--stages {shown} can't be read: it is nested too deeply; stages have three levels"
+        ) from error
+    except (OSError, ValueError, OverflowError, yaml.YAMLError) as error:  # the path, or an escape, may be no text
         raise UserError(f"--stages {shown} can't be read: {printable(str(error), lines=True)}") from error
     if not isinstance(node, yaml.SequenceNode) or not node.value:
         raise UserError(f"--stages {shown} holds no stages; it must be a YAML list, each with {', '.join(KEYS[:3])}")
@@ -126,7 +130,11 @@ def _sources(node: yaml.Node | None, place: str, path: str) -> tuple[dict[str, f
         return {EVERYTHING: 1.0}, False
     if not isinstance(node, yaml.MappingNode) or not node.value:
         raise UserError(f"{place}: sources must be a mapping of sources to numbers, such as {{facts_en: 1}}")
-    read = {name: _number(value, name, path) for name, value in _mapping(node, path).items()}
+    mapping = _mapping(node, path)
+    if "" in mapping:
+        where = f"{path}:{mapping[''].start_mark.line + 1}"
+        raise UserError(f"{where}: a source has no name; name a file, a directory or a channel, or *, all rows")
+    read = {name: _number(value, name, path) for name, value in mapping.items()}
     kinds = {is_percent for _, is_percent in read.values()}
     if len(kinds) > 1:
         raise UserError(f"{place}: some sources have percents and others plain numbers; give all in one of them")
@@ -182,13 +190,16 @@ def _mapping(node: yaml.MappingNode, path: str) -> dict[str, yaml.Node]:
     """The values of a mapping by key.
 
     Raises:
-        UserError: a key is given twice.
+        UserError: a key is a list or a mapping, or is given twice.
     """
     found: dict[str, yaml.Node] = {}
     for key, value in node.value:
+        where = f"{path}:{key.start_mark.line + 1}"
+        if not isinstance(key, yaml.ScalarNode):
+            raise UserError(f"{where}: a list or a mapping stands where a name must be; give each a line of its own")
         name = _text(key)
         if name in found:
-            raise UserError(f"{path}:{key.start_mark.line + 1}: {name} is given twice")
+            raise UserError(f"{where}: {name} is given twice")
         found[name] = value
     return found
 

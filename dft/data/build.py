@@ -61,9 +61,9 @@ def build(
     channel_names, channel = np.unique(np.concatenate([entry.channel for entry in statistics]), return_inverse=True)
     file, length = rows.file[written], np.concatenate([entry.length for entry in statistics])
     mixed = mix_files(file[train], length[train], files, config)
-    if config.mix_ratios:
-        report["mix"] = describe_mix(config, mixed)
     order = mix(file[train], mixed, seed)
+    if config.mix_ratios:
+        report["mix"] = describe_mix(config, mixed, file[train], order)
     np.savez(
         directory / "rows.npz",
         train=train if order is None else train[order],

@@ -104,15 +104,24 @@ def _entry(file: FileStatistics) -> dict[str, Any]:
     }
 
 
-def describe_mix(config: DataConfig, files: list[DataFile]) -> list[dict[str, Any]]:
-    """The entries of --data_files with their ratios, and how often their rows are seen in an epoch.
+def describe_mix(
+    config: DataConfig, files: list[DataFile], file: np.ndarray, order: np.ndarray | None
+) -> list[dict[str, Any]]:
+    """The entries of --data_files with their ratios, and how often their rows are seen in an epoch, on average.
 
     Args:
-        files: with the weights that --mix has given them.
+        file: the file of each training row, int32 [N].
+        order: the rows of an epoch, see dft.data.selection.mix.
     """
-    weight_of = {file.entry: file.weight for file in files}
+    entry_of_row = np.array([-1 if f.entry is None else f.entry for f in files])[file]
+    drawn = entry_of_row if order is None else entry_of_row[order]
     return [
-        {"data_files": entry, "ratio": ratio, "by": config.mix_by, "times_seen": weight_of.get(i, 0.0)}
+        {
+            "data_files": entry,
+            "ratio": ratio,
+            "by": config.mix_by,
+            "times_seen": int((drawn == i).sum()) / max(1, int((entry_of_row == i).sum())),
+        }
         for i, (entry, ratio) in enumerate(zip(config.data_files, config.mix_ratios, strict=True))
     ]
 

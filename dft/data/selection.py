@@ -203,7 +203,8 @@ def mix_files(file: np.ndarray, length: np.ndarray, files: list[DataFile], confi
 def mix(file: np.ndarray, files: list[DataFile], seed: int) -> np.ndarray | None:
     """The training rows of an epoch, int64 indices: row i as often as the weight of its file says; None if all are 1.
 
-    A weight of 2.5 means every row twice, and a random half of the rows once more.
+    A weight of 2.5 means every row twice, and a random half of the rows once more. The half is of all rows of an entry
+    of --data_files (without --mix, of all that have one weight), so that many small files are drawn like a large one.
 
     Args:
         file: int32 [N], the file of each training row.
@@ -212,10 +213,12 @@ def mix(file: np.ndarray, files: list[DataFile], seed: int) -> np.ndarray | None
         return None
     rng = np.random.default_rng(seed)
     copies = np.zeros(len(file), dtype=np.int64)
-    for index, data_file in enumerate(files):
-        own = np.flatnonzero(file == index)
-        copies[own] = int(data_file.weight)
-        copies[sample(own, round(len(own) * (data_file.weight % 1)), rng)] += 1
+    group_of = [(data_file.entry, data_file.weight) for data_file in files]
+    for group in dict.fromkeys(group_of):
+        _, weight = group
+        own = np.flatnonzero(np.array([of_file == group for of_file in group_of])[file])
+        copies[own] = int(weight)
+        copies[sample(own, round(len(own) * (weight % 1)), rng)] += 1
     if not copies.any():
         raise UserError(f"--data_weights {[f.weight for f in files]} leave no row to train on")
     return np.repeat(np.arange(len(file)), copies)

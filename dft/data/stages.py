@@ -1,5 +1,6 @@
 """The rows that the sources of each stage stand for, and the table of the stages."""
 
+import glob
 import os
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -82,8 +83,19 @@ def _rows_of(source: str, data: PreparedData) -> np.ndarray:
 
 def _is_path_of(source: str, path: str) -> bool:
     """Whether a source, as a path or as a pattern of one, is a file or a directory above it."""
-    whole = os.path.abspath(os.path.expanduser(source))
-    return _matches(whole, os.path.abspath(path)) or Path(whole) in Path(os.path.abspath(path)).parents
+    if not source:
+        return False
+    below, whole = Path(os.path.abspath(os.path.expanduser(source))), Path(os.path.abspath(path))
+    return whole == below or below in whole.parents or fnmatchcase(str(whole), _whole_pattern(source))
+
+
+def _whole_pattern(source: str) -> str:
+    """A pattern of absolute paths: what stands in front of a relative one is a name, whatever its characters."""
+    first, separator, rest = source.partition(os.sep)
+    home = os.path.expanduser(first)
+    if home != first:
+        return os.path.normpath(glob.escape(home) + separator + rest)
+    return os.path.normpath(os.path.join(glob.escape(os.getcwd()), source))
 
 
 def _matches(pattern: str, name: str) -> bool:

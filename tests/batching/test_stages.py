@@ -7,8 +7,9 @@ import pytest
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler, Sampler
 
+from dft.batching import stages as stages_module
 from dft.batching.plan import BatchPlan
-from dft.batching.stages import StagePlan, plan_stages
+from dft.batching.stages import StagedOrder, StagePlan, plan_stages
 from dft.config.stages import Stage
 from dft.errors import UserError
 from tests.helpers import rows
@@ -113,6 +114,51 @@ def test_bins_are_full_steps_of_rows_of_one_stage(settings):
     counts = counts_of(plan, 1)
     assert (counts[SECOND] >= 2).all()
     assert counts[FIRST].sum() == pytest.approx(30, abs=15)
+
+
+@pytest.mark.parametrize("settings", [{"batching": "packed"}, {"max_tokens": 96}])
+def test_bins_are_not_grouped_by_length(settings):
+    with pytest.raises(ValueError, match="group_by_length needs rows that are items of their own, not bins"):
+        planned([(1, 1)], replace(BATCHES, strategy="group_by_length", **settings), epochs=[1])
+
+
+@pytest.mark.parametrize(
+    ("weights", "length", "message"),
+    [
+        ((1, 1), {"epochs": [999999999999]}, "draws at least 199,999,999,999,800 rows"),
+        ((1e12, 1), {"epochs": [0.5]}, "lower its epochs or the numbers of its sources"),
+        ((0, 0.0125), {"epochs": [1e7]}, "goes 10,000,000 times over its sources"),
+        ((1, 1), {"steps": [1], "num_steps": 10**12}, "draws at least 8,000,000,000,000 rows"),
+        ((0, 0.0125), {"steps": [1], "num_steps": 10**6}, "lower --max_steps, --num_train_epochs or the numbers"),
+    ],
+)
+def test_more_rows_than_can_be_planned_are_refused_before_they_are_drawn(weights, length, message):
+    with pytest.raises(UserError, match=f"stages.yaml:1: stage 's0' .*{message}"):
+        planned([weights], **length)
+
+
+def test_the_limit_counts_the_rows_of_bins(monkeypatch):
+    batches = replace(BATCHES, batching="packed", rows_per_batch=1)
+    plan = planned([(1, 1)], batches, steps=[1], num_steps=40)
+    num_rows, num_items = len(plan.stages[0].rows), 40 * plan.items_per_step
+    assert num_items < num_rows - 20
+    monkeypatch.setattr(stages_module, "MAX_DRAWS", (num_items + num_rows) // 2)
+    with pytest.raises(UserError, match=r"stages.yaml:1: stage 's0' draws at least"):
+        planned([(1, 1)], batches, steps=[1], num_steps=40)
+
+
+def test_a_source_is_drawn_many_times_without_copies_of_what_is_drawn():
+    again = stages_module._Stream(np.arange(3), np.random.default_rng(1))
+    at_once = stages_module._Stream(np.arange(3), np.random.default_rng(1))
+    taken = np.concatenate([again.take(count) for count in (1, 4, 0, 2, 5)])
+    assert (taken == at_once.take(12)).all()
+    assert (np.bincount(taken) == 4).all()
+
+
+def test_the_order_is_yielded_in_chunks_of_the_same_items(monkeypatch):
+    monkeypatch.setattr(stages_module, "INDICES_AT_ONCE", 4)
+    items = np.random.default_rng(0).permutation(11)
+    assert list(StagedOrder(items)) == items.tolist()
 
 
 def test_steps_hold_rows_of_similar_length_where_that_is_the_strategy():

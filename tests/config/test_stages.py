@@ -91,6 +91,18 @@ def test_what_a_file_says(write):
         ("- {name: a, epochs: 1, max_length: 0}\n", "max_length is 0; it must be above 0"),
         ("- {name: a, epochs: 1, max_length: 1.5}\n", "max_length is 1.5; it must be a whole number of tokens"),
         ("- {name: a, epochs: 1, learning_rate_factor: 0}\n", "learning_rate_factor is 0; it must be above 0"),
+        ("- name: a\n  epochs: 1\n  sources: {'': 1}\n", "stages.yaml:3: a source has no name; name a file"),
+        ("- name: a\n  epochs: 1\n  sources: {a: 1, ' ': 1}\n", "stages.yaml:3: a source has no name"),
+        (
+            "- name: a\n  epochs: 1\n  sources:\n    ? [a, b]\n    : 1\n",
+            "stages.yaml:4: a list or a mapping stands where a name must be",
+        ),
+        ("- {name: a, epochs: 1, sources: {{a: 1}: 1}}\n", "stages.yaml:1: a list or a mapping stands where a name"),
+        ("- name: a\n  ? [epochs]\n  : 1\n", "stages.yaml:2: a list or a mapping stands where a name must be"),
+        ("[" * 3000, "stages.yaml can't be read: it is nested too deeply"),
+        ("- " * 3000 + "a", "stages.yaml can't be read: it is nested too deeply"),
+        ('- "\\UFFFFFFFF"', "stages.yaml can't be read"),
+        ('- "\\U00110000"', "stages.yaml can't be read"),
         ('- {name: "a\\e[2J", epochs: 1, "k\\e": 1}\n', "unknown key k\\x1b"),
     ],
 )
@@ -105,6 +117,8 @@ def test_a_mistake_is_refused_with_its_place(write, text, message):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match=r"--stages .*none.yaml can't be read"):
         load_stages(str(tmp_path / "none.yaml"))
+    with pytest.raises(UserError, match=r"--stages .*none\\x00.yaml can't be read"):
+        load_stages(str(tmp_path / "none\0.yaml"))
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=[path.stem for path in EXAMPLES])

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from dft.config.data import DataConfig
+from dft.data.report import describe_mix
 from dft.data.selection import Catalog, digests, hold_out, mix, select
 from dft.errors import UserError
 from dft.reading.discovery import DataFile
@@ -95,6 +96,28 @@ def test_mixing():
     assert sorted(copies[10:20]) == [0] * 7 + [1] * 3
     assert sorted(copies[20:]) == [1] * 3 + [2] * 2
     assert mix(file, [DataFile("a"), DataFile("b"), DataFile("c")], seed=0) is None
+
+
+def test_many_small_files_are_drawn_like_a_large_one():
+    file = np.repeat(np.arange(61), [*[1] * 60, 30]).astype(np.int32)
+    of_mix = [DataFile(f"{i}", weight=0.3 if i < 60 else 0.9, entry=int(i == 60)) for i in range(61)]
+    of_weights = [DataFile(f"{i}", weight=0.3 if i < 60 else 0.9) for i in range(61)]
+    for files in (of_mix, of_weights):
+        drawn = mix(file, files, seed=0)
+        assert ((drawn < 60).sum(), (drawn >= 60).sum()) == (18, 27)
+        assert len(np.unique(drawn)) == 45
+    same_weight = [DataFile("a", weight=0.5, entry=0), DataFile("b", weight=0.5, entry=1)]
+    drawn = mix(np.repeat([0, 1], [10, 30]).astype(np.int32), same_weight, seed=0)
+    assert ((drawn < 10).sum(), (drawn >= 10).sum()) == (5, 15)
+
+
+def test_the_report_of_a_mix_counts_what_is_drawn():
+    config = DataConfig(["many", "big", "none"], mix="1:1:0", mix_by="rows")
+    files = [DataFile("a", weight=0.4, entry=0), DataFile("b", weight=0.4, entry=0), DataFile("c", entry=1)]
+    file = np.array([0, 0, 1, 2, 2], dtype=np.int32)
+    seen = [entry["times_seen"] for entry in describe_mix(config, files, file, np.array([1, 3, 4]))]
+    assert seen == [pytest.approx(1 / 3), 1.0, 0.0]
+    assert [entry["times_seen"] for entry in describe_mix(config, files, file, None)] == [1.0, 1.0, 0.0]
 
 
 def row(*messages: tuple[str, str], tools=None, **assistant) -> Conversation:

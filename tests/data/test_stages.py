@@ -55,6 +55,33 @@ def test_a_source_is_a_file_a_directory_or_a_channel(source, rows):
     assert [list(own) for own, _ in rows_of({source: 1.0}).values()] == [list(rows)]
 
 
+@pytest.mark.parametrize(
+    ("source", "rows"),
+    [
+        ("chats/*.jsonl", range(50)),
+        ("chats", range(50)),
+        ("./chats/[cm]a*", range(30, 50)),
+        ("../run [[]1]*/other/*", range(50, 100)),
+        ("~/chats/*.jsonl", range(50)),
+    ],
+)
+def test_the_current_directory_is_no_part_of_a_pattern(source, rows, tmp_path, monkeypatch):
+    here = tmp_path / "run [1]*"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(here))
+    paths = [str(here / path.removeprefix("/data/")) for path in PATHS]
+    data = SimpleNamespace(**{**vars(DATA), "report": {"files": [{"path": path} for path in paths]}})
+    ((own, _),) = rows_of_stages([stage({source: 1.0})], data, "rows")[0].values()
+    assert list(own) == list(rows)
+
+
+def test_a_source_without_a_name_is_no_directory(monkeypatch):
+    monkeypatch.chdir("/")
+    with pytest.raises(UserError, match="no training row is of the source"):
+        rows_of({"": 1.0})
+
+
 def test_the_length_of_a_stage_is_a_limit_of_its_rows():
     ((own, weight),) = rows_of({"code": 0.5}, max_length=80).values()
     assert list(own) == [i for i in range(30) if LENGTHS[i] <= 80]
