@@ -169,8 +169,8 @@ def _without_rank(whole: Whole, number: int, what: signal.Signals, limit: float)
     rank = number % 2
     os.kill(ranks_of(process)[rank].pid, what)
     start = time.monotonic()
-    # a launcher names a rank too: deepspeed by its process alone, torchrun in its table
-    named = re.compile(rf"rank {rank} \(|rank\s*: {rank} ")
+    # as our message has it, or torchrun's table
+    named = re.compile(rf"(error:|ERROR -) rank {rank}\b|rank\s+: {rank} ")
     while time.monotonic() - start < limit and not (named.search(run.output()) and process.poll() is not None):
         if what is signal.SIGSTOP and named.search(run.output()):
             break
