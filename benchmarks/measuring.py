@@ -95,7 +95,7 @@ def installed(package: str) -> str | None:
 def surroundings(packages: Iterable[str]) -> dict[str, Any]:
     """Commit, versions and hardware."""
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", os.path.relpath(os.path.abspath(sys.argv[0]), ROOT), *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "commit": commit(),
         "python": platform.python_version(),
