@@ -58,8 +58,8 @@ FIRST_SAVES = 100
 END_OF_STEP_SECONDS, NAMED_SECONDS, HUNG_SECONDS = 30.0, 60.0, 90.0
 
 ABOUT = (
-    "Small runs that scripts/train.sh has started with packed rows were hurt, and what came of them was compared with a "
-    "run that nothing had hit: the final weights and the records of all steps, bit for bit."
+    "Small runs that scripts/train.sh has started with packed rows were hurt, and what came of them was compared with "
+    "a run that nothing had hit: the final weights and the records of all steps, bit for bit."
 )
 
 Line = tuple[str, str, bool]  # what was done, what came of it, whether that was asked for
