@@ -296,7 +296,7 @@ def report(result: dict[str, Any]) -> str:
     text = [
         "# Faults of runs with ZeRO-3 on two CPU processes",
         "",
-        *__doc__.split("\n\n")[2:3],
+        ABOUT,
         "",
         markdown_table(lines),
     ]
