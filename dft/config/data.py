@@ -34,6 +34,18 @@ RATIOS = re.compile(r"\d{1,12}(\.\d{0,12})?(:\d{1,12}(\.\d{0,12})?)*")  # of --m
 MAX_CHANNELS = 50  # --channels auto makes no more of them: each has a chart, and somebody has to look at it
 
 
+def parse_role_map(words: list[str] | None) -> dict[str, str]:
+    """{name: role} of NAME=ROLE.
+
+    Raises:
+        UserError: a word is of another form, or names no role.
+    """
+    pairs = [word.split("=") for word in words or []]
+    if any(len(pair) != 2 or not pair[0] or pair[1] not in ROLES for pair in pairs):
+        raise UserError(f"--role_map is {words}; write NAME=ROLE, with a ROLE of {', '.join(ROLES)}")
+    return dict(pairs)
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """How chat files become training and evaluation rows.
@@ -130,9 +142,7 @@ class DataConfig:
         if self.data_weights and any(not 0 <= weight < math.inf for weight in self.data_weights):
             raise UserError(f"--data_weights is {self.data_weights}; each must be at least 0")
         self._check_mix()
-        pairs = [pair.split("=") for pair in self.role_map or []]
-        if any(len(pair) != 2 or not pair[0] or pair[1] not in ROLES for pair in pairs):
-            raise UserError(f"--role_map is {self.role_map}; write NAME=ROLE, with a ROLE of {', '.join(ROLES)}")
+        parse_role_map(self.role_map)
         self._check_template_kwargs()
         if self.preprocessing_num_workers < 1:
             raise UserError(f"--preprocessing_num_workers is {self.preprocessing_num_workers}; it must be at least 1")
@@ -180,7 +190,7 @@ class DataConfig:
     @property
     def roles(self) -> dict[str, str]:
         """--role_map as {name: role}."""
-        return dict(pair.split("=") for pair in self.role_map or [])
+        return parse_role_map(self.role_map)
 
     @property
     def has_evaluation(self) -> bool:

@@ -2,9 +2,10 @@
 
 import copy
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedTokenizerBase
@@ -80,6 +81,11 @@ def check_vocabulary(
         f"{', '.join(names)}{more}. Add rows with --resize_embeddings True, or use the tokenizer and chat template "
         "that the model was trained with"
     )
+
+
+def ids_in(rows: Sequence[np.ndarray]) -> Callable[[int], set[int]]:
+    """What check_vocabulary asks for, of rows in memory: int [T] each."""
+    return lambda first: {int(token) for row in rows for token in row[row >= first]}
 
 
 # ---- positions ----------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ Shapes: n rows or values of an array.
 """
 
 from collections.abc import Iterator
-from itertools import accumulate, groupby
+from itertools import groupby
 
 import numpy as np
 import pyarrow
@@ -73,7 +73,7 @@ def _rows(batch: pyarrow.RecordBatch, schema: pyarrow.Schema) -> Iterator[RawRow
     """The rows of a batch whose texts are dictionaries, without numbers."""
     sizes = bytes_of(pyarrow.StructArray.from_arrays(batch.columns, fields=list(batch.schema)))
     # rows that are copied together: as many as fit into DECODED_BYTES; a row that is refused is alone
-    shares = (np.array(list(accumulate(sizes.tolist()))) // DECODED_BYTES).tolist()
+    shares = (np.cumsum(sizes) // DECODED_BYTES).tolist()
     keys = [(share, index if sizes[index] > MAX_ROW_BYTES else -1) for index, share in enumerate(shares)]
     start = 0
     for (_, refused), same in groupby(keys):

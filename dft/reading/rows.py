@@ -35,6 +35,11 @@ class Conversation:
     row: str  # its text, as it stands in the file
     channel: str = ""  # the source that the row's own field `channel` names; "" for none
 
+    def up_to_last_answer(self) -> list[dict[str, Any]]:
+        """The messages up to the assistant's last one, which there must be."""
+        last = max(i for i, message in enumerate(self.messages) if message["role"] == "assistant")
+        return self.messages[: last + 1]
+
 
 @dataclass
 class RejectedRow:

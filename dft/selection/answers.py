@@ -7,7 +7,6 @@ Shapes: R rows, B rows of a batch.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,13 +15,13 @@ from transformers import logging
 from dft.chat.format import ChatFormat
 from dft.errors import UserError
 from dft.generation import generate_answers, longest_prompt
-from dft.model.fit import check_vocabulary
+from dft.model.fit import check_vocabulary, ids_in
 from dft.model.trained import TrainedModel, load_trained
 from dft.printable import printable
 from dft.reading.rows import Conversation, RowError
 from dft.reference.scoring import Batch
 from dft.selection.model_flags import ModelFlags
-from dft.selection.model_rows import compute_rows, shard_directory
+from dft.selection.model_rows import compute_rows, model_directories, shard_directory
 from dft.selection.scoring_model import join_ranks
 
 NOTHING = -1  # stands behind the ids of an answer
@@ -61,10 +60,9 @@ def answer_rows(
     trained = load_trained(flags.directory, device, flags.dtype, flags.trust_remote_code)
     prompts, refusals = _prompts(rows, trained, max_new_tokens)
     ids = list(prompts.values())
-    _check_vocabulary(trained, ids)
+    check_vocabulary(trained.model.config, trained.tokenizer, ids_in(ids), is_padded=True)
     settings = {"dtype": str(trained.model.dtype), "max_new_tokens": max_new_tokens, "ends": trained.end_tokens}
-    base = trained.model.config._name_or_path
-    models = [Path(name) for name in dict.fromkeys((str(flags.directory), base or str(flags.directory)))]
+    models = model_directories(flags.directory, trained.model)
     directory = shard_directory(flags.cache_dir, "answers", models, ids, settings)
     lengths = np.array([len(prompt) + max_new_tokens for prompt in ids], dtype=np.int64)
 
@@ -80,13 +78,8 @@ def answer_rows(
 
 def with_answer(row: Conversation, answer: str) -> Conversation:
     """The row up to its last answer, which is replaced."""
-    before = _up_to_last_answer(row)[:-1]
+    before = row.up_to_last_answer()[:-1]
     return replace(row, messages=[*before, {"role": "assistant", "content": answer}])
-
-
-def _up_to_last_answer(row: Conversation) -> list[dict]:
-    last = max(i for i, message in enumerate(row.messages) if message["role"] == "assistant")
-    return row.messages[: last + 1]
 
 
 def _prompts(
@@ -104,7 +97,7 @@ def _prompts(
     refusals: dict[int, RowError] = {}
     for index, row in enumerate(rows):
         try:
-            prompt = chat_format.prompt(_up_to_last_answer(row), row.tools, row.template_kwargs)
+            prompt = chat_format.prompt(row.up_to_last_answer(), row.tools, row.template_kwargs)
         except RowError as error:
             refusals[index] = error
             continue
@@ -116,13 +109,6 @@ def _prompts(
         else:
             prompts[index] = prompt
     return prompts, refusals
-
-
-def _check_vocabulary(trained: TrainedModel, prompts: list[np.ndarray]) -> None:
-    def ids_from(size: int) -> set[int]:
-        return {int(token) for prompt in prompts for token in prompt[prompt >= size]}
-
-    check_vocabulary(trained.model.config, trained.tokenizer, ids_from, is_padded=True)
 
 
 def _generate(

@@ -21,10 +21,11 @@ from typing import Any
 
 import numpy as np
 
+from dft.config.data import parse_role_map
 from dft.errors import UserError
 from dft.printable import printable
 from dft.reading.rows import Conversation
-from dft.selection.inputs import InputFile, find_inputs, read_inputs, role_map_of
+from dft.selection.inputs import InputFile, find_inputs, read_inputs
 from dft.selection.method import KEPT, Command, Decide, Decision, Verdict
 from dft.selection.ngram_index import NgramIndex
 from dft.selection.shingles import Hashes, in_batches, shingles, text_of, tokenize
@@ -300,7 +301,7 @@ def _method(args: argparse.Namespace) -> Decide:
     both = {file.real_path for file in files} & {file.real_path for file in find_inputs(args.data_files)}
     if both:
         raise UserError(f"--eval_data_files names {printable(min(both))}, which --data_files names too")
-    rows = read_inputs(files, args.data_format, role_map_of(args.role_map), with_untrainable=True)
+    rows = read_inputs(files, args.data_format, parse_role_map(args.role_map), with_untrainable=True)
     return contamination(config, rows, files)
 
 

@@ -15,15 +15,15 @@ from pathlib import Path
 
 import numpy as np
 
+from dft.config.data import parse_role_map
 from dft.errors import UserError
 from dft.files import path_argument
 from dft.printable import printable
 from dft.reading.rows import Conversation
-from dft.selection.inputs import InputFile, find_inputs, read_inputs, role_map_of
-from dft.selection.method import Command, Decide, Decision, Verdict
+from dft.selection.inputs import InputFile, find_inputs, read_inputs
+from dft.selection.method import NO_INSTRUCTION, Command, Decide, Decision, Verdict
 from dft.selection.model_flags import ModelFlags, add_model_arguments, check_max_length
 
-NO_INSTRUCTION = Verdict("no_instruction", "no user says anything")
 PICKS = "picks.jsonl"
 
 
@@ -84,7 +84,7 @@ def diversity(config: DiversityConfig) -> Decide:
 
 def _embeddings(rows: list[Conversation], config: DiversityConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """The rows that have an instruction, int64; their embeddings; those of the seeds."""
-    from dft.selection.embeddings import embed, instruction, read_embeddings
+    from dft.selection.embeddings import embed_instructions, read_embeddings
 
     if config.embeddings is not None:
         found = read_embeddings(config.embeddings, "--embeddings", len(rows))
@@ -96,12 +96,10 @@ def _embeddings(rows: list[Conversation], config: DiversityConfig) -> tuple[np.n
                 "of the same model"
             )
         return np.arange(len(rows)), found, seeds
-    texts = [instruction(row) for row in rows]
-    embedded = np.flatnonzero([bool(text) for text in texts])
-    of_seeds = [instruction(row) for row in read_inputs(config.seed_files, config.data_format, config.role_map)]
-    of_seeds = [text for text in of_seeds if text]
-    found = embed([texts[i] for i in embedded] + of_seeds, config.model, config.max_length)
-    return embedded, found[: len(embedded)], found[len(embedded) :] if of_seeds else None
+    seed_rows = list(read_inputs(config.seed_files, config.data_format, config.role_map))
+    embedded, found = embed_instructions(rows + seed_rows, config.model, config.max_length)
+    is_seed = embedded >= len(rows)
+    return embedded[~is_seed], found[~is_seed], found[is_seed] if is_seed.any() else None
 
 
 def _decision(
@@ -155,7 +153,7 @@ def _method(args: argparse.Namespace) -> Decide:
         seed_embeddings=args.seed_embeddings,
         max_length=args.max_length,
         data_format=args.data_format,
-        role_map=role_map_of(args.role_map),
+        role_map=parse_role_map(args.role_map),
     )
     return diversity(config)
 

@@ -30,6 +30,17 @@ def instruction(row: Conversation) -> str:
     return "\n\n".join(text for text in texts if text.strip())
 
 
+def embed_instructions(
+    rows: Sequence[Conversation], flags: ModelFlags, max_length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The rows that have an instruction, int64, and their embeddings; see embed. Without any, no model is loaded."""
+    texts = [instruction(row) for row in rows]
+    embedded = np.flatnonzero([bool(text) for text in texts])
+    if len(embedded) == 0:
+        return embedded, np.zeros((0, 0), dtype=np.float32)
+    return embedded, embed([texts[i] for i in embedded], flags, max_length)
+
+
 def embed(texts: Sequence[str], flags: ModelFlags, max_length: int) -> np.ndarray:
     """Embeddings of texts on every rank, float32 [R, H]. All ranks must call it together.
 

@@ -20,7 +20,7 @@ from dft.errors import UserError
 from dft.files import path_argument
 from dft.printable import printable
 from dft.reading.rows import Conversation
-from dft.selection.method import KEPT, Command, Decide, Decision, Verdict
+from dft.selection.method import KEPT, NO_INSTRUCTION, Command, Decide, Decision, Verdict
 from dft.selection.model_flags import ModelFlags, add_model_arguments, check_max_length
 
 
@@ -55,15 +55,13 @@ def ifd_seed(config: IfdSeedConfig) -> Decide:
     """The method of these settings."""
 
     def decide(rows: Iterator[Conversation]) -> Decision:
-        from dft.selection.embeddings import embed, instruction
+        from dft.selection.embeddings import embed_instructions
         from dft.selection.k_means import k_means
 
         conversations = list(rows)
-        texts = [instruction(row) for row in conversations]
-        embedded = np.flatnonzero([bool(text) for text in texts])
+        embedded, embeddings = embed_instructions(conversations, config.model, config.max_length)
         if len(embedded) == 0:
             raise UserError("no row of --data_files has an instruction: there is nothing to cluster")
-        embeddings = embed([texts[i] for i in embedded], config.model, config.max_length)
         of_embedded = k_means(embeddings, config.warmup_clusters, config.seed)
         cluster = np.full(len(conversations), -1)
         cluster[embedded] = of_embedded
@@ -93,7 +91,7 @@ def draw(cluster: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarra
 
 def _verdict(cluster: int, chosen: bool) -> Verdict:
     if cluster < 0:
-        return Verdict("no_instruction", "no user says anything")
+        return NO_INSTRUCTION
     return KEPT if chosen else Verdict("not_drawn", f"others of cluster {cluster} were drawn")
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from tqdm.auto import tqdm
 
-from dft.config.data import ROLES
 from dft.errors import UserError
 from dft.printable import printable
 from dft.reading.discovery import find_data_files
@@ -48,19 +47,6 @@ def find_inputs(patterns: list[str], flag: str = "data_files") -> list[InputFile
     if sampled:
         raise UserError(f"--{flag} {printable(sampled[0])}#N: all rows of a file are selected from, leave out the #N")
     return [InputFile(file.path, state_of(file.path)) for file in files]
-
-
-def role_map_of(words: list[str]) -> dict[str, str]:
-    """{name: role} of NAME=ROLE.
-
-    Raises:
-        UserError: a word is of another form, or names no role.
-    """
-    pairs = [word.rpartition("=") for word in words]
-    for word, (name, _, role) in zip(words, pairs, strict=True):
-        if not name or role not in ROLES:
-            raise UserError(f"--role_map {word}: write NAME=ROLE, with a ROLE of {', '.join(ROLES)}")
-    return {name: role for name, _, role in pairs}
 
 
 def state_of(path: str) -> tuple[int, int]:

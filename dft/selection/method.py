@@ -20,6 +20,7 @@ class Verdict:
 
 
 KEPT = Verdict()
+NO_INSTRUCTION = Verdict("no_instruction", "no user says anything")
 
 
 @dataclass

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 from datasets.config import HF_DATASETS_CACHE
+from transformers import PreTrainedModel
 
 from dft.distributed import gather_in_training
 from dft.reference.scoring import Batch, plan_scoring
@@ -101,6 +102,11 @@ def _tell(done: int, total: int, tokens_per_second: float) -> None:
 
 
 # ---- where shards are kept ----------------------------------------------------------------------
+
+
+def model_directories(directory: Path, model: PreTrainedModel) -> list[Path]:
+    """Where the files of a model are, and those of its base model where it is an adapter."""
+    return list(dict.fromkeys((directory, Path(model.config._name_or_path or directory))))
 
 
 def shard_directory(

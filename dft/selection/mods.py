@@ -117,14 +117,14 @@ def _score_rows(steps: Steps, rows: list[Conversation], config: ModsConfig) -> N
 
 def _choose_seeds(steps: Steps, rows: list[Conversation], config: ModsConfig) -> np.ndarray:
     """The second step; returns the embeddings of the rows that have an instruction, float32 [places, H]."""
-    from dft.selection.embeddings import embed, instruction
+    from dft.selection.embeddings import embed_instructions
     from dft.selection.k_center import k_center_greedy
 
-    texts = {index: instruction(rows[index]) for index in np.flatnonzero(steps.is_good).tolist()}
-    steps.embedded = np.array([index for index, text in texts.items() if text], dtype=np.int64)
-    if len(steps.embedded) == 0:
-        return np.zeros((0, 0), dtype=np.float32)
-    embeddings = embed([texts[i] for i in steps.embedded.tolist()], config.embedding_model, config.max_length)
+    good = np.flatnonzero(steps.is_good)
+    places, embeddings = embed_instructions([rows[i] for i in good], config.embedding_model, config.max_length)
+    steps.embedded = good[places]
+    if len(places) == 0:
+        return embeddings
     steps.seeds = steps.embedded[k_center_greedy(embeddings, config.seed_rows).picks]
     if len(steps.seeds) < config.seed_rows:
         steps.notes.append(

@@ -1,12 +1,12 @@
 """What the steps of MoDS have found, and what that means for each row."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from dft.printable import printable
 from dft.reading.rows import Conversation
-from dft.selection.method import Decision, Verdict
+from dft.selection.method import NO_INSTRUCTION, Decision, Verdict
 
 ANSWERS = "answers.jsonl"
 SEED, AUGMENTED = "seed", "augmented"
@@ -111,7 +111,7 @@ def _verdict(index: int, steps: Steps, chosen: str | None, has_instruction: bool
     if chosen is not None:
         return Verdict(score=quality if chosen == SEED else of_answer)
     if not has_instruction:
-        return Verdict("no_instruction", "no user says anything", quality)
+        return replace(NO_INSTRUCTION, score=quality)
     if steps.answers is None:
         return Verdict("not_in_seed", "a row of the seed set has a similar instruction", quality)
     if index in steps.not_answered:

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dft.checkpoints.manifest import write_text
 from dft.errors import UserError
 from dft.files import make_directory
 from dft.printable import printable
@@ -196,10 +197,7 @@ def _as_row(row: Conversation) -> dict[str, object]:
 
 
 def _write(path: Path, text: str) -> None:
-    """Writes a file that is there whole or not at all."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
     try:
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, path)
+        write_text(path, text)
     except OSError as error:
         raise UserError(f"{printable(path)} can't be written: {error.strerror}") from error

@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from dft.chat.template import TEMPLATE_ERRORS
 from dft.errors import UserError
-from dft.model.fit import GROWING_TABLES, TABLE_OFFSET, check_positions, check_vocabulary, is_rotary
+from dft.model.fit import GROWING_TABLES, TABLE_OFFSET, check_positions, check_vocabulary, ids_in, is_rotary
 from dft.model.tokenizer import load_tokenizer
 from dft.model.trained import MODEL_ERRORS
 from dft.pickles import check_model
@@ -96,8 +96,7 @@ class RewardModel:
         Raises:
             RowError: the template refuses the row, or it is longer than `limit` tokens.
         """
-        last = max(i for i, message in enumerate(row.messages) if message["role"] == "assistant")
-        messages = row.messages[: last + 1]
+        messages = row.up_to_last_answer()
         if self.tokenizer.chat_template:
             try:
                 text = self.tokenizer.apply_chat_template(
@@ -123,10 +122,7 @@ class RewardModel:
         return min(limits, default=None)
 
     def _check(self, ids: list[np.ndarray]) -> None:
-        def ids_from(size: int) -> set[int]:
-            return {int(token) for row in ids for token in row[row >= size]}
-
-        check_vocabulary(self.model.config, self.tokenizer, ids_from, is_padded=True)
+        check_vocabulary(self.model.config, self.tokenizer, ids_in(ids), is_padded=True)
         check_positions(self.model.config, max(map(len, ids), default=0), is_padded=False)
 
     def _scores(self, items: list[dict[str, Any]]) -> np.ndarray:

@@ -7,12 +7,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from dft.config.data import FORMATS
+from dft.config.data import FORMATS, parse_role_map
 from dft.errors import UserError
 from dft.files import path_argument
 from dft.printable import printable
 from dft.program import rank_and_world_size
-from dft.selection.inputs import InputFile, find_inputs, read_inputs, role_map_of
+from dft.selection.inputs import InputFile, find_inputs, read_inputs
 from dft.selection.method import Command, Decide, Decision
 from dft.selection.outputs import PAGE, REPORT, check_output, names_below, published
 from dft.selection.page import page
@@ -35,7 +35,7 @@ def run(command: Command, args: argparse.Namespace) -> str:
     Raises:
         UserError: a flag, a file or the output can't be used, or no row is valid. Nothing is written then.
     """
-    role_map = role_map_of(args.role_map)
+    role_map = parse_role_map(args.role_map)
     decide = command.method(args)
     files = find_inputs(args.data_files)
     others = [file for flag in command.also_read for file in _named(args, flag)]

@@ -20,8 +20,9 @@ from dft.constants import IGNORE_INDEX
 from dft.distributed import NODE_WORK_TIMEOUT, has_accelerator, join_on_cpu
 from dft.loss.scorer import Scorer
 from dft.loss.token_weight import TokenWeight
-from dft.model.fit import check_positions, check_vocabulary
+from dft.model.fit import check_positions, check_vocabulary, ids_in
 from dft.model.trained import load_trained
+from dft.selection.model_rows import model_directories
 
 # MB of logits at once. On a processor, more memory than some 30 MB comes from the system anew each time, which takes
 # longer than computing the logits
@@ -61,8 +62,7 @@ class ScoringModel:
     @property
     def directories(self) -> list[Path]:
         """Where the model's files are, and those of an adapter's base model."""
-        base = self.base.config._name_or_path
-        return [Path(name) for name in dict.fromkeys((self.name, base or self.name))]
+        return model_directories(Path(self.name), self.base)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -76,11 +76,7 @@ class ScoringModel:
             ids: tokens of each row, int [T].
         """
         config = self.model.config
-
-        def ids_from(size: int) -> set[int]:
-            return {int(token) for row in ids for token in row[row >= size]}
-
-        check_vocabulary(config, self.tokenizer, ids_from, self.is_padded)
+        check_vocabulary(config, self.tokenizer, ids_in(ids), self.is_padded)
         check_positions(config, max(map(len, ids), default=0), self.is_padded)
 
     def log_p(self, rows: list[Row]) -> Tensor:
