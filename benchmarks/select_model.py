@@ -2,6 +2,7 @@
 
     python benchmarks/select_model.py                # writes benchmarks/results/select_model_cpu.md and .json
     python benchmarks/select_model.py --quick        # under 2 minutes on 2 cores, writes nothing
+    python benchmarks/select_model.py --device auto  # speed alone, on a GPU with Qwen3-0.6B's shapes
 
 The last line is JSON:
     planted_in_worst_tenth    share of the rows with another row's answer that are in the tenth of the highest IFD. The
@@ -28,6 +29,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from benchmarks.corpus import conversations
 from benchmarks.measuring import facts, keep, markdown_table, surroundings, wait_until_quiet
 from benchmarks.select_planted import make_rows, train, with_swapped_answers
+from benchmarks.train_step_run import SIZES
 from dft.chat.format import ChatFormat
 from dft.constants import IGNORE_INDEX
 from dft.reading.rows import Conversation
@@ -42,6 +44,10 @@ SHARES = (0.1, 0.05)  # of rows with another row's answer
 TOKENS_AT_ONCE = 8192
 MAX_LENGTH = 1024
 VOCABULARY = 16000
+SMALL = {
+    "vocab_size": VOCABULARY, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+}  # fmt: skip
 SPREAD = 0.3  # of the clusters' rows, whose centers have 1
 
 
@@ -81,30 +87,23 @@ def planted(directory: Path, epochs: int) -> dict[str, Any]:
 # ---- how fast it is -----------------------------------------------------------------------------
 
 
-def random_model(directory: Path) -> ScoringModel:
-    """Qwen3's architecture with random weights, as small as fits a benchmark on a processor."""
+def random_model(directory: Path, device: str) -> ScoringModel:
+    """Qwen3's architecture with random weights: Qwen3-0.6B's shapes, but small on a processor."""
     texts = (message["content"] for messages in conversations(1000) for message in messages)
     make_tokenizer(texts, VOCABULARY).save_pretrained(directory)
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(directory)
-    return load_scoring_model(directory, "cpu")
+    config = Qwen3Config(**(SMALL if device == "cpu" else SIZES["0.6b"]))
+    model = Qwen3ForCausalLM(config)
+    (model if device == "cpu" else model.to(torch.bfloat16)).save_pretrained(directory)
+    return load_scoring_model(directory, device)
 
 
 def row_by_row(items: list[dict[str, np.ndarray]], model: ScoringModel) -> None:
     """The plain loop: all logits of one row at a time."""
     with torch.no_grad():
         for item in items:
-            ids = torch.tensor(item["input_ids"]).long()[None]
-            labels = torch.tensor(item["labels"])[1:]
+            ids = torch.tensor(item["input_ids"]).long()[None].to(model.device)
+            labels = torch.tensor(item["labels"])[1:].to(model.device)
             log_p = model.model(ids).logits[0, :-1].float().log_softmax(-1)
             is_answer = labels != IGNORE_INDEX
             log_p.gather(1, ids[0, 1:, None])[:, 0][is_answer].mean().item()
@@ -135,12 +134,13 @@ def speed(rows: list[Conversation], model: ScoringModel, rounds: int) -> dict[st
     }
 
 
-def speeds(directory: Path, num_rows: int, rounds: int) -> dict[str, Any]:
-    """The speed on chats of 600 tokens, and on the short rows by the model that has learned them."""
+def speeds(directory: Path, num_rows: int, rounds: int, device: str) -> dict[str, Any]:
+    """The speed on chats of 600 tokens, and on short rows: on a processor by the model that has learned them."""
     chats = [Conversation(m, None, None, "", i, "") for i, m in enumerate(conversations(num_rows))]
-    facts_model = load_scoring_model(directory / "trained", "cpu")
+    model = random_model(directory / "random", device)
+    facts_model = load_scoring_model(directory / "trained", "cpu") if device == "cpu" else model
     return {
-        "chats": speed(chats, random_model(directory / "random"), rounds),
+        "chats": speed(chats, model, rounds),
         "short": speed(make_rows(seed=0)[1][: 50 * num_rows], facts_model, rounds),
     }
 
@@ -181,14 +181,21 @@ def k_center(num_rows: int, picks: int, plain_picks: int) -> dict[str, Any]:
 # ---- results ------------------------------------------------------------------------------------
 
 
-def numbers(found: dict[str, Any]) -> dict[str, float]:
-    chats, short, centers = found["speeds"]["chats"], found["speeds"]["short"], found["k_center"]
+def speed_ratios(speeds: dict[str, Any]) -> dict[str, float]:
+    chats, short = speeds["chats"], speeds["short"]
     return {
-        "planted_in_worst_tenth": round(found["planted"][f"{SHARES[0]:g}"]["found"], 4),
         "ifd_vs_row_by_row": round(chats["row_by_row"] / chats["ours"], 3),
         "ifd_vs_row_by_row_short": round(short["row_by_row"] / short["ours"], 3),
         "ifd_vs_bare_passes": round(chats["ours"] / chats["bare"], 3),
         "ifd_vs_bare_passes_short": round(short["ours"] / short["bare"], 3),
+    }
+
+
+def numbers(found: dict[str, Any]) -> dict[str, float]:
+    centers = found["k_center"]
+    return {
+        "planted_in_worst_tenth": round(found["planted"][f"{SHARES[0]:g}"]["found"], 4),
+        **speed_ratios(found["speeds"]),
         "k_center_seconds": round(centers["random"]["ours"], 2),
         "k_center_vs_plain": round(centers["random"]["plain"] / centers["random"]["ours"], 2),
     }
@@ -235,17 +242,22 @@ def main() -> None:
     parser.add_argument("--embeddings", type=int, default=50000)
     parser.add_argument("--picks", type=int, default=5000)
     parser.add_argument("--patience", type=float, default=20, help="seconds to wait for a quiet machine")
+    parser.add_argument("--device", choices=("cpu", "auto"), default="cpu", help="auto: the GPU, if there is one")
     args = parser.parse_args()
     plain_picks = 200
     if args.quick:
         args.epochs, args.rows, args.rounds, args.embeddings, args.picks, args.patience = 8, 20, 1, 10000, 1000, 2
         plain_picks = 50
     with tempfile.TemporaryDirectory() as name:
+        if args.device != "cpu":
+            found = speeds(Path(name), args.rows, args.rounds, args.device)
+            print(json.dumps(speed_ratios(found) | {"found": found}))
+            return
         found = {}
         for part, work in {
             "k_center": lambda: k_center(args.embeddings, args.picks, plain_picks),
             "planted": lambda: planted(Path(name), args.epochs),
-            "speeds": lambda: speeds(Path(name), args.rows, args.rounds),
+            "speeds": lambda: speeds(Path(name), args.rows, args.rounds, args.device),
         }.items():
             wait_until_quiet(args.patience)
             found[part] = work()

@@ -13,7 +13,7 @@ OUTCOME = re.compile(r"^(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")
 OF_WORKER = re.compile(r"^\[gw\d+\] \[ *\d+%\] (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS) (\S+::.*?)\s*$")
 REASON = re.compile(r"^SKIPPED \[\d+\] \S+ (.*)$")
 COUNTED = {"PASSED": "passed", "XFAIL": "passed", "SKIPPED": "skipped"}  # everything else counts as failed
-AT_ONCE = 4  # tests that start programs
+AT_ONCE = 8  # tests that start programs
 NO_TESTS = 5  # the exit status of pytest that found none
 
 

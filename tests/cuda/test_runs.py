@@ -1,6 +1,7 @@
-"""Whole runs of scripts/train.sh on one GPU: ZeRO-3, with weights in CPU memory too, and in 16 bits."""
+"""Whole runs on one GPU: ZeRO-3, with weights in CPU memory too, FSDP2, 16 bits, 4 bits, scoring and evaluation."""
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.helpers import read_log
+from tests.helpers import read_log, run
 
 pytestmark = [pytest.mark.cuda, pytest.mark.launch]
 
@@ -103,3 +104,32 @@ def test_16_bits_train(train_in, tiny_model, tmp_path, flags, launcher):
     result = train_in(tmp_path, *STEPS, *flags, LAUNCHER=launcher, NPROC="1")
     assert_trained(tmp_path / "out", tiny_model, of_all=flags == BF16)
     assert ("which loses small updates" in result.stdout) == ("bfloat16" in flags)
+
+
+def test_fsdp2_trains_and_saves_a_whole_model(train_in, tiny_model, tmp_path):
+    train_in(tmp_path, *STEPS, *BF16, "--fsdp", "full_shard", LAUNCHER="accelerate", NPROC="1", DS_CONFIG="")
+    assert_trained(tmp_path / "out", tiny_model)
+
+
+@pytest.mark.parametrize("launcher", ["python", "deepspeed"])
+def test_adapters_on_weights_in_4_bits_train(train_in, tmp_path, launcher):
+    flags = ("--use_peft", "True", "--load_in_4bit", "True", "--lora_dropout", 0)
+    train_in(tmp_path, *STEPS, *BF16, *flags, LAUNCHER=launcher, NPROC="1")
+    assert [record["step"] for record in training_records(tmp_path / "out")] == [1, 2, 3, 4]
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert all(torch.isfinite(weight).all() for weight in saved.values())
+    # B begins with zeros: whatever is in it has been learned
+    assert all(weight.abs().sum() > 0 for name, weight in saved.items() if "lora_B" in name)
+
+
+def test_rows_are_scored_and_a_model_evaluated(tiny_model, chat_file, tmp_path):
+    data = ("--data_files", chat_file)
+    selection = ("scripts/select_data.py", "ifd", "--model", tiny_model, *data, "--output", tmp_path / "selected")
+    ifd = run([sys.executable, *selection])
+    assert ifd.returncode == 0, ifd.stdout[-4000:]
+    report = json.loads((tmp_path / "selected" / "selection_report.json").read_text())
+    assert report["total"]["kept"] + sum(report["total"]["dropped"].values()) > 0
+    scores = tmp_path / "scores.json"
+    done = run([sys.executable, "scripts/evaluate.py", tiny_model, *data, "--output", scores])
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert 0 < json.loads(scores.read_text())["ce_loss"] < 7
