@@ -6,7 +6,7 @@
 # part failed; a part that can't run here is skipped, and says why.
 #     --minutes    for all parts together; each gets its share, and what earlier ones left
 #     --tiny       sizes of a test, which run on the processor
-#     --parts      some of: facts correctness loss_head step quickstart
+#     --parts      some of: facts correctness loss_head step memory quickstart
 #     PYTHON       an interpreter with torch; default: python, .venv/bin/python or python3, the first one that has it
 #     WHEELS       a directory of wheels to put before what is installed; default: wheels beside this file, if it is there
 set -euo pipefail
@@ -21,7 +21,7 @@ fail() {
 mkdir -p "$1"
 out="$(cd "$1" && pwd)"
 shift
-minutes=8 parts="facts correctness loss_head step quickstart" options=()
+minutes=8 parts="facts correctness loss_head step memory quickstart" options=()
 while [[ $# -gt 0 ]]; do
     case "$1" in
         --minutes) minutes="${2:?}" && shift ;;
@@ -31,7 +31,7 @@ while [[ $# -gt 0 ]]; do
     esac
     shift
 done
-declare -A share=([facts]=8 [correctness]=40 [loss_head]=30 [step]=30 [quickstart]=20)
+declare -A share=([facts]=8 [correctness]=40 [loss_head]=30 [step]=30 [memory]=15 [quickstart]=20)
 for part in $parts; do [[ -n "${share[$part]:-}" ]] || fail "no part is named $part"; done
 
 cd "$root"

@@ -111,6 +111,7 @@ def describe(results: list[dict[str, Any]]) -> str:
         "correctness": lambda result: facts_lines(result["measurements"]),
         "loss_head": loss_head_tables,
         "step": step_tables,
+        "memory": lambda result: facts_lines(result["measurements"]),
         "quickstart": lambda result: facts_lines(result["measurements"]),
     }
     parts = ["# A GPU run: results", summary(results)]

@@ -13,7 +13,7 @@ from benchmarks.gpu import correctness, loss_head, quickstart, step, table, whee
 from benchmarks.gpu.part import Part, Skipped, results_of
 from tests.helpers import ROOT, run
 
-PARTS = ("facts", "correctness", "loss_head", "step", "quickstart")
+PARTS = ("facts", "correctness", "loss_head", "step", "memory", "quickstart")
 RUN = ROOT / "benchmarks" / "gpu" / "run.sh"
 
 
