@@ -98,6 +98,7 @@ def quiet_libraries(progress_bars: bool) -> None:
     import transformers
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device")  # which is the right one
     if rank_and_world_size()[0] > 0:
         warnings.filterwarnings("ignore")
     if not progress_bars or rank_and_world_size()[0] > 0:

@@ -175,7 +175,7 @@ doesn't need repeated heads: {grouped:,.0f} MiB.""",
             "## Doubt",
             """\
 - The table is of one process in float32; [memory_zero_cpu.md](memory_zero_cpu.md) is of ZeRO-2 and ZeRO-3.
-- 4-bit weights are not measured. In 16 bits there is the one peak of a GPU, and none with recomputation.
+- 4-bit weights are not measured. In 16 bits there are this peak of a GPU and three more, in [gpu.md](gpu.md).
 - One architecture.""",
         ]
     )

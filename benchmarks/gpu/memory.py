@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
@@ -148,8 +148,9 @@ def measure(part: Part) -> None:
     data = make_rows(max_length, directory / "rows.jsonl")
     counted = {size: Model(AutoConfig.from_pretrained(path)) for size, path in models.items()}
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        peaks = pool.map(lambda case: peak(case, models[case.size], data, max_length, part), cases)
-        for case, measured in zip(cases, peaks, strict=True):
+        started = {pool.submit(peak, case, models[case.size], data, max_length, part): case for case in cases}
+        for done in as_completed(started):
+            case, measured = started[done], done.result()
             if isinstance(measured, str):
                 part.add(case.name, measured)
                 continue
