@@ -7,6 +7,8 @@ from typing import Any
 
 from dft.judging.prompts import FIRST, SECOND, TIE
 
+NO_REPLY = ("timeout", "no_connection", "bad_response")  # failures, and those that begin with http_
+
 
 @dataclass(frozen=True)
 class Vote:
@@ -30,6 +32,11 @@ class Vote:
     detail: str = ""
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+
+    @property
+    def is_unanswered(self) -> bool:
+        """Whether the server sent no reply at all."""
+        return self.failure in NO_REPLY or self.failure.startswith("http_")
 
     def as_json(self) -> dict[str, Any]:
         """For a line of the output, without what is empty."""
