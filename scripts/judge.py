@@ -1,7 +1,7 @@
 """Judge answers by a language model behind any endpoint of the OpenAI protocol, with a rubric.
 
     python scripts/judge.py score answers.jsonl --model qwen3-32b --endpoint http://127.0.0.1:8000/v1
-    OPENAI_API_KEY=… python scripts/judge.py score answers.jsonl --model gpt-5 --output judged.jsonl
+    OPENAI_API_KEY=… python scripts/judge.py compare a.jsonl b.jsonl --model gpt-5 --output judged.jsonl
 
 A row of answers has the keys prompt (a text, or messages) and answer, and may have reference and channel.
 """
@@ -35,6 +35,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     own = commands.add_parser("score", help="rubric scores of the answers of a file", **form)
     own.add_argument("answers", type=path_argument, help="file of JSON lines with prompt and answer")
     own.set_defaults(command=run.score)
+    add_arguments(own)
+    own = commands.add_parser("compare", help="win rate of one model over another", **form)
+    own.add_argument("answers_a", type=path_argument, help="file of JSON lines with prompt and answer")
+    own.add_argument("answers_b", type=path_argument, help="the other model's answers to the same prompts")
+    own.set_defaults(command=run.compare)
     add_arguments(own)
     return parser.parse_args(argv)
 

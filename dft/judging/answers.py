@@ -56,6 +56,10 @@ class Pair:
     b: Answer
 
     @property
+    def is_same(self) -> bool:
+        return self.a.answer == self.b.answer
+
+    @property
     def reference(self) -> str | None:
         return self.a.reference if self.a.reference is not None else self.b.reference
 

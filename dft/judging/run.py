@@ -9,10 +9,11 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from dft.data.names import file_labels
 from dft.errors import StoppedEarly, UserError
-from dft.judging import scores
-from dft.judging.answers import load_answers, repeated_prompts
-from dft.judging.asking import FAILED_STATUS, SCORE, Question, ask_all
+from dft.judging import comparison, scores
+from dft.judging.answers import load_answers, pair_answers, repeated_prompts
+from dft.judging.asking import COMPARE, FAILED_STATUS, SCORE, Question, ask_all
 from dft.judging.costs import Costs
 from dft.judging.endpoint import Endpoint
 from dft.judging.flags import Settings, settings_of
@@ -53,6 +54,29 @@ def score(args: argparse.Namespace) -> None:
     rows = [scores.score_row(a, votes[q.key], rubric) for a, q in zip(answers, questions, strict=True)]
     report = scores.make_report(rows, rubric)
     conclude(report, scores.table(report), costs, settings)
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Compares the answers of two files, and prints the report.
+
+    Raises:
+        UserError: a flag, a file or the server can't be used; nothing has been asked then.
+        StoppedEarly: the server has gone, or too many requests have failed.
+    """
+    settings = settings_of(args, COMPARE, [args.answers_a, args.answers_b])
+    rubric = settings.poll.rubric
+    pairs, unpaired = pair_answers(load_answers(args.answers_a), load_answers(args.answers_b))
+    questions = [_question(settings, comparison.cases_of(pair)) for pair in pairs]
+    pair_of = {question.key: pair for question, pair in zip(questions, pairs, strict=True)}
+
+    def describe(question: Question, votes: list[Vote]) -> dict[str, Any]:
+        return comparison.describe(comparison.compare_pair(pair_of[question.key], votes, rubric), rubric)
+
+    votes, costs = collect(questions, settings, describe)
+    rows = [comparison.compare_pair(p, votes.get(q.key, []), rubric) for p, q in zip(pairs, questions, strict=True)]
+    report = comparison.make_report(rows, unpaired, rubric)
+    names = file_labels([str(args.answers_a), str(args.answers_b)])
+    conclude(report, comparison.table(report, *names), costs, settings)
 
 
 def _question(settings: Settings, cases: dict[str, Any]) -> Question:
@@ -118,7 +142,7 @@ def conclude(report: dict[str, Any], lines: list[str], costs: Costs, settings: S
         UserError: the report can't be written.
         StoppedEarly: more requests have failed than may, with the status 1.
     """
-    spent = costs.lines(settings.prices) if costs.requests else ["nothing was asked: all rows had been judged before"]
+    spent = costs.lines(settings.prices) if costs.requests else ["nothing had to be asked"]
     print("\n".join([*lines, *spent]))
     about = {
         "model": settings.endpoint.model,

@@ -74,7 +74,7 @@ def table(report: dict[str, Any]) -> list[str]:
     """The report as lines for the console."""
     if not report["scored"]:
         return [f"none of {report['rows']:,} rows has scores"]
-    cells = [("", "weight", "mean", "95 % interval", "votes differ")]
+    cells = [("", "weight", "mean", "95% interval", "votes differ")]
     for name, entry in report["scores"].items():
         weight = "" if name == TOTAL else f"{report['weights'][name]:g}"
         differ = "" if name == TOTAL else f"{entry['votes_differ']:.0%}"
@@ -82,7 +82,7 @@ def table(report: dict[str, Any]) -> list[str]:
     lines = aligned(cells, num_left=1)
     if report["channels"]:
         names = list(report["scores"])
-        cells = [("channel", "rows", *names, "95 % interval of it")]
+        cells = [("channel", "rows", *names, "95% interval of it")]
         for channel, group in report["channels"].items():
             values = [f"{group['scores'][name]['value']:.2f}" if group["scored"] else "–" for name in names]
             last = interval(group["scores"][TOTAL]) if group["scored"] else "–"

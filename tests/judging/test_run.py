@@ -73,7 +73,7 @@ def test_judged_rows_are_not_asked_again(server, tmp_path, capsys):
     server.requests.clear()
     score(server, tmp_path, "--output", output, rows=rows)
     assert server.requests == []  # nor a probe
-    assert "nothing was asked" in capsys.readouterr().out
+    assert "nothing had to be asked" in capsys.readouterr().out
     score(server, tmp_path, "--output", output, "--model", "another", rows=rows)
     assert len(asked_answers(server)) == 18
 
@@ -173,3 +173,85 @@ def test_the_program_has_the_status_and_no_key(server, tmp_path):
     result = run([*command, "--votes", 1], NO_PROXY="127.0.0.1")
     assert result.returncode == 1
     assert "100.0% of the requests failed" in result.stdout
+
+
+# ---- compare ------------------------------------------------------------------------------------
+
+
+def verdicts(verdict: str) -> str:
+    return json.dumps({"verdicts": dict.fromkeys(NAMES, verdict)})
+
+
+def compared(body: dict) -> tuple[str, str]:
+    """The two answers that a request shows, in their order."""
+    text = body["messages"][-1]["content"]
+    return tuple(re.search(rf"<{place}-answer-\w+>\n(.*)\n", text)[1] for place in ("first", "second"))
+
+
+def compare(server, tmp_path, *flags, a=ROWS, b=ROWS) -> None:
+    paths = [write_jsonl(tmp_path / f"{name}.jsonl", rows) for name, rows in (("a", a), ("b", b))]
+    own = ("--endpoint", server.url, "--model", "m", "--max_retries", "0")
+    judge.main(["compare", *map(str, paths), *own, *map(str, flags)])
+
+
+def test_a_judge_of_the_answers(server, tmp_path, capsys):
+    """It prefers the longer answer, wherever it stands: A wins 3 of 5, B 1, and one has the same answer twice."""
+
+    def reply(body):
+        if body["messages"] == PROBE:
+            return 200, completion("yes")
+        first, second = compared(body)
+        return 200, completion(verdicts("first" if len(first) > len(second) else "second"))
+
+    server.reply = reply
+    longer = [{**row, "answer": row["answer"] + " Yes."} for row in ROWS]
+    a, b = [*longer[:3], *ROWS[3:5]], [*ROWS[:3], longer[3], ROWS[4], ROWS[5]]
+    output, report = tmp_path / "judged.jsonl", tmp_path / "report.json"
+    compare(server, tmp_path, "--output", output, "--report", report, a=a, b=b)
+    numbers = json.loads(report.read_text())
+    overall = numbers["results"]["overall"]
+    assert (overall["wins"], overall["ties"], overall["losses"], overall["value"]) == (3, 1, 1, 0.7)
+    assert numbers["verdicts_by_place"] == {"first": 12, "tie": 0, "second": 12}
+    assert numbers["requests"]["made"] == 4 * 2 * 3
+    text = capsys.readouterr().out
+    assert re.search(r"overall +3 +1 +1 +70\.0% +\d\d\.\d% to \d\d\.\d%", text)
+    assert f"1 without a partner: {tmp_path}/b.jsonl:6" in text
+    assert {json.loads(line)["verdicts"]["helpful"] for line in output.read_text().splitlines()} == {"A", "B"}
+    server.requests.clear()
+    compare(server, tmp_path, "--output", output, a=a, b=b)
+    assert server.requests == []
+    compare(server, tmp_path, "--output", output, a=b, b=a)
+    assert re.search(r"overall +1 +1 +3 +30\.0%", capsys.readouterr().out)
+
+
+def test_a_judge_of_the_place(server, tmp_path, capsys):
+    """Its verdicts are ties, and the bias is told. Rejects an order that isn't undone, by which A would win all."""
+    server.reply = lambda body: (200, completion(verdicts("first")))
+    compare(server, tmp_path, b=[{**row, "answer": "No."} for row in ROWS])
+    text = capsys.readouterr().out
+    assert re.search(r"overall +0 +6 +0 +50\.0%", text)
+    assert "6 on which the two orders disagree" in text
+    assert "36 are for the first and 0 for the second (100%; without a bias 50%)" in text
+    assert re.search(r"(?m)^even +0 +3 +0 +50\.0%", text)
+
+
+def test_answers_that_can_not_be_paired(server, tmp_path):
+    with pytest.raises(UserError, match="no prompt of .*a.jsonl is in .*b.jsonl"):
+        compare(server, tmp_path, a=ROWS[:2], b=ROWS[2:])
+    with pytest.raises(UserError, match="a.jsonl:1 and .*a.jsonl:2 have the same prompt"):
+        compare(server, tmp_path, a=[ROWS[0], ROWS[0]])
+    assert server.requests == []
+
+
+def test_failed_comparisons_have_no_verdict(server, tmp_path, capsys):
+    """Two of three votes of one order fail."""
+
+    def reply(body):
+        fails = body["messages"] != PROBE and compared(body)[0] == "No." and body["seed"] > 0
+        return 200, completion("hm" if fails else verdicts("tie"))
+
+    server.reply = reply
+    compare(server, tmp_path, "--max_failed", 0.5, b=[{**row, "answer": "No."} for row in ROWS])
+    text = capsys.readouterr().out
+    assert "none of 6 pairs has a verdict" in text
+    assert "12 requests failed (33.3%):" in text
