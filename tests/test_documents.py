@@ -67,13 +67,7 @@ FLAGS_OF_OTHERS = {
     *("--warmup_rows", "--reward_model", "--label", "--alpha", "--num_rows", "--radius", "--embeddings"),
     *("--seed_files", "--seed_embeddings", "--nproc-per-node", "--beta", "--seed_rows", "--augmented_rows"),
     *("--train_flags", "--initial_model", "--work_dir", "--embedding_model", "--max_new_tokens"),
-    *(
-        "--generated_at_once",
-        "--generate",
-        "--generations",
-        "--answers",
-        "--answer_scorers",
-    ),  # of select_data.py, evaluate.py
+    *("--generated_at_once", "--generate", "--generations", "--answers"),  # of select_data.py, evaluate.py
     *("--short_ngram", "--min_overlap", "--max_rows_per_ngram", "--copied_share"),
 }
 OPTIONS = set(known_options(load_listing()))
