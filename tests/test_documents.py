@@ -70,7 +70,7 @@ FLAGS_OF_OTHERS = {
     *("--warmup_rows", "--reward_model", "--label", "--alpha", "--num_rows", "--radius", "--embeddings"),
     *("--seed_files", "--seed_embeddings", "--nproc-per-node", "--beta", "--seed_rows", "--augmented_rows"),
     *("--train_flags", "--initial_model", "--work_dir", "--embedding_model", "--max_new_tokens"),
-    *("--generated_at_once", "--generate", "--generations", "--answers", "--answer_scorers"),  # of evaluate.py
+    *("--generated_at_once", "--generate", "--generations", "--answers"),  # of evaluate.py
     *("--repo-type", "--local-dir"),  # of hf
     *("--question", "--answer", "--skip_empty", "--system", "--prompt_suffix", "--channel"),  # of prepare_pairs.py
     *("--short_ngram", "--min_overlap", "--max_rows_per_ngram", "--copied_share"),
