@@ -25,6 +25,7 @@ OTHERS = [
     "docs/checkpoints.md",
     "docs/dashboards.md",
     "docs/data.md",
+    "docs/evaluation.md",
     "docs/flags.md",
     "docs/loss.md",
     "docs/metrics.md",
@@ -45,7 +46,7 @@ MADE_BY_A_RUN = {  # named in the documents, made when the program runs
     "run.json", "test.jsonl", "manifest.json", "manifest-8.json", "eval_results.json", "generation_config.json",
     "adapter_config.json", "adapter_model.safetensors", "dropped.jsonl", "selection_report.json", "clusters.jsonl",
     "pii.jsonl", "evaluation_rows_found.jsonl", "scores.jsonl", "picks.jsonl", "answers.jsonl",
-    "seed.jsonl", "train.log", "initial.json",
+    "seed.jsonl", "train.log", "initial.json", "gsm8k.jsonl", "tools.jsonl", "mmlu.jsonl",
 }  # fmt: skip
 FLAGS_OF_OTHERS = {
     *("--help", "--size"),  # of all programs, of a benchmark
@@ -66,7 +67,13 @@ FLAGS_OF_OTHERS = {
     *("--warmup_rows", "--reward_model", "--label", "--alpha", "--num_rows", "--radius", "--embeddings"),
     *("--seed_files", "--seed_embeddings", "--nproc-per-node", "--beta", "--seed_rows", "--augmented_rows"),
     *("--train_flags", "--initial_model", "--work_dir", "--embedding_model", "--max_new_tokens"),
-    *("--generated_at_once",),
+    *(
+        "--generated_at_once",
+        "--generate",
+        "--generations",
+        "--answers",
+        "--answer_scorers",
+    ),  # of select_data.py, evaluate.py
     *("--short_ngram", "--min_overlap", "--max_rows_per_ngram", "--copied_share"),
 }
 OPTIONS = set(known_options(load_listing()))
