@@ -27,6 +27,7 @@ OTHERS = [
     "docs/data.md",
     "docs/evaluation.md",
     "docs/flags.md",
+    "docs/judging.md",
     "docs/loss.md",
     "docs/memory.md",
     "docs/metrics.md",
@@ -50,6 +51,7 @@ MADE_BY_A_RUN = {  # named in the documents, made when the program runs
     "pii.jsonl", "evaluation_rows_found.jsonl", "scores.jsonl", "picks.jsonl", "answers.jsonl",
     "seed.jsonl", "train.log", "initial.json", "gsm8k.jsonl", "tools.jsonl", "mmlu.jsonl",
     "data/numinamath.jsonl", "data/numinamath-boxed.jsonl", "data/gsm8k.jsonl",
+    "judged.jsonl", "other_answers.jsonl",
 }  # fmt: skip
 FLAGS_OF_OTHERS = {
     *("--help", "--size"),  # of all programs, of a benchmark
@@ -74,6 +76,8 @@ FLAGS_OF_OTHERS = {
     *("--repo-type", "--local-dir"),  # of hf
     *("--question", "--answer", "--skip_empty", "--system", "--prompt_suffix", "--channel"),  # of prepare_pairs.py
     *("--short_ngram", "--min_overlap", "--max_rows_per_ngram", "--copied_share"),
+    *("--endpoint", "--rubric", "--votes", "--max_failed", "--report", "--price_in", "--price_out"),  # of judge.py
+    *("--workers", "--timeout", "--max_retries", "--max_tokens", "--request"),
 }
 OPTIONS = set(known_options(load_listing()))
 
