@@ -25,6 +25,7 @@ OTHERS = [
     "docs/checkpoints.md",
     "docs/dashboards.md",
     "docs/data.md",
+    "docs/faq.md",
     "docs/flags.md",
     "docs/loss.md",
     "docs/memory.md",
