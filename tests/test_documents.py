@@ -35,6 +35,7 @@ OTHERS = [
     "docs/adapters.md",
     "docs/scaling.md",
     "docs/selection.md",
+    "docs/serving.md",
     "docs/stages.md",
     "ds_config/README.md",
     "examples/eval/README.md",
@@ -50,6 +51,7 @@ MADE_BY_A_RUN = {  # named in the documents, made when the program runs
     "pii.jsonl", "evaluation_rows_found.jsonl", "scores.jsonl", "picks.jsonl", "answers.jsonl",
     "seed.jsonl", "train.log", "initial.json",
     "data/numinamath.jsonl", "data/numinamath-boxed.jsonl", "data/gsm8k.jsonl",
+    "convert_hf_to_gguf.py",  # of llama.cpp
 }  # fmt: skip
 FLAGS_OF_OTHERS = {
     *("--help", "--size"),  # of all programs, of a benchmark
@@ -72,6 +74,9 @@ FLAGS_OF_OTHERS = {
     *("--train_flags", "--initial_model", "--work_dir", "--embedding_model", "--max_new_tokens"),
     *("--generated_at_once",),
     *("--repo-type", "--local-dir"),  # of hf
+    *("--host", "--chat-template-kwargs"),  # of transformers serve
+    *("--served-model-name", "--enable-lora", "--max-lora-rank", "--lora-modules"),  # of vLLM
+    *("--outfile", "--outtype"),  # of llama.cpp
     *("--question", "--answer", "--skip_empty", "--system", "--prompt_suffix", "--channel"),  # of prepare_pairs.py
     *("--short_ngram", "--min_overlap", "--max_rows_per_ngram", "--copied_share"),
 }
