@@ -21,12 +21,14 @@ OTHERS = [
     "CONTRIBUTING.md",
     "SECURITY.md",
     "benchmarks/gpu/README.md",
+    "docs/README.md",
     "docs/batches.md",
     "docs/checkpoints.md",
     "docs/dashboards.md",
     "docs/data.md",
     "docs/faq.md",
     "docs/flags.md",
+    "docs/glossary.md",
     "docs/loss.md",
     "docs/memory.md",
     "docs/metrics.md",
@@ -34,6 +36,7 @@ OTHERS = [
     "docs/multi_node.md",
     "docs/objectives.md",
     "docs/adapters.md",
+    "docs/papers.md",
     "docs/scaling.md",
     "docs/selection.md",
     "docs/serving.md",
@@ -98,6 +101,11 @@ def test_every_document_is_tested():
     listed = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     assert {name for name in listed if not name.startswith("benchmarks/results/")} <= set(DOCUMENTS)
     assert {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} <= set(DOCUMENTS)
+
+
+def test_the_index_names_every_page():
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert pages <= set(re.findall(r"\]\(([\w.]+\.md)", text_of("docs/README.md")))
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
