@@ -41,6 +41,7 @@ OTHERS = [
     "docs/selection.md",
     "docs/serving.md",
     "docs/stages.md",
+    "docs/zh/faq.md",
     "ds_config/README.md",
     "examples/eval/README.md",
     "recipes/README.md",
@@ -112,7 +113,8 @@ def test_the_index_names_every_page():
 def test_files_exist(name):
     text = text_of(name)
     paths = re.findall(r"(?<![\w/*.-])[\w.-]+(?:/[\w.-]+)*\.(?:py|sh|json|jsonl|yaml|md|txt|png|log)\b", text)
-    missing = {p for p in paths if not (ROOT / p).exists() and not (ROOT / name).parent.joinpath(p).exists()}
+    beside = [(ROOT / name).parent, *([ROOT / "docs"] if name.startswith("docs/zh/") else [])]
+    missing = {p for p in paths if not any((directory / p).exists() for directory in (ROOT, *beside))}
     missing -= {
         p for p in missing for d in ("scripts", "ds_config", "examples/data") if (ROOT / d / p).exists()
     }  # as in the file tree
@@ -197,12 +199,33 @@ def test_variables_of_the_launch_script_exist(name):
         assert variable in scripts or variable in of_trackers | of_tests, variable
 
 
-def test_both_readmes_say_the_same():
-    """The same flags, files, metrics, headings and code."""
-    english, chinese = (text_of(name) for name in READMES)
-    for pattern in (r"`[^`\n]*`", r"(?m)^#+ ", r"https?://[^)\s]+", r"\]\((?!http|README)[^#)\s]+"):
+TRANSLATED = {"README.md": "README.zh.md"} | {
+    f"docs/{path.name}": f"docs/zh/{path.name}" for path in (ROOT / "docs" / "zh").glob("*.md")
+}
+
+
+@pytest.mark.parametrize("name", TRANSLATED)
+def test_both_languages_say_the_same(name):
+    """The same flags, files, metrics, headings, numbers of a table's lines, links and code."""
+    english, chinese = text_of(name), text_of(TRANSLATED[name])
+    for pattern in (r"`[^`\n]*`", r"(?m)^#+ ", r"https?://[^)\s]+", r"(?m)^\|"):
         ours, theirs = (sorted(re.findall(pattern, text)) for text in (english, chinese))
         assert ours == theirs
+    assert code_of(english) == code_of(chinese)
+    assert targets_of(name) == targets_of(TRANSLATED[name])
+
+
+def code_of(text: str) -> list[str]:
+    """The lines of a document's code in some language, without comments."""
+    blocks = re.findall(r"(?ms)^```\w+\n(.*?)^```", text)
+    return [re.sub(r" *#.*", "", line) for block in blocks for line in block.splitlines()]
+
+
+def targets_of(name: str) -> list[str]:
+    """The files that a document links to, from the root, but for itself in the other language."""
+    links = re.findall(r"\]\((?!http)([^#)\s]+)", text_of(name))
+    paths = [(ROOT / name).parent.joinpath(link).resolve().relative_to(ROOT).as_posix() for link in links]
+    return sorted(path for path in paths if path not in {*TRANSLATED, *TRANSLATED.values()})
 
 
 def test_numbers_of_the_comparison_are_the_results():
