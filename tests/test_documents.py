@@ -42,6 +42,7 @@ OTHERS = [
     "docs/serving.md",
     "docs/stages.md",
     "docs/zh/faq.md",
+    "docs/zh/loss.md",
     "ds_config/README.md",
     "examples/eval/README.md",
     "recipes/README.md",
