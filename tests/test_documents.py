@@ -41,6 +41,7 @@ OTHERS = [
     "docs/selection.md",
     "docs/serving.md",
     "docs/stages.md",
+    "docs/zh/data.md",
     "docs/zh/faq.md",
     "docs/zh/loss.md",
     "ds_config/README.md",
