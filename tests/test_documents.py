@@ -21,22 +21,31 @@ OTHERS = [
     "CONTRIBUTING.md",
     "SECURITY.md",
     "benchmarks/gpu/README.md",
+    "docs/README.md",
     "docs/batches.md",
     "docs/checkpoints.md",
     "docs/dashboards.md",
     "docs/data.md",
     "docs/evaluation.md",
+    "docs/faq.md",
     "docs/flags.md",
+    "docs/glossary.md",
     "docs/judging.md",
     "docs/loss.md",
     "docs/memory.md",
     "docs/metrics.md",
+    "docs/migration.md",
     "docs/multi_node.md",
     "docs/objectives.md",
     "docs/adapters.md",
+    "docs/papers.md",
     "docs/scaling.md",
     "docs/selection.md",
+    "docs/serving.md",
     "docs/stages.md",
+    "docs/zh/data.md",
+    "docs/zh/faq.md",
+    "docs/zh/loss.md",
     "ds_config/README.md",
     "examples/eval/README.md",
     "recipes/README.md",
@@ -52,6 +61,9 @@ MADE_BY_A_RUN = {  # named in the documents, made when the program runs
     "seed.jsonl", "train.log", "initial.json", "gsm8k.jsonl", "tools.jsonl", "mmlu.jsonl",
     "data/numinamath.jsonl", "data/numinamath-boxed.jsonl", "data/gsm8k.jsonl",
     "judged.jsonl", "other_answers.jsonl",
+    "seed.jsonl", "train.log", "initial.json",
+    "data/numinamath.jsonl", "data/numinamath-boxed.jsonl", "data/gsm8k.jsonl", "data.jsonl",
+    "convert_hf_to_gguf.py",  # of llama.cpp
 }  # fmt: skip
 FLAGS_OF_OTHERS = {
     *("--help", "--size"),  # of all programs, of a benchmark
@@ -74,6 +86,9 @@ FLAGS_OF_OTHERS = {
     *("--train_flags", "--initial_model", "--work_dir", "--embedding_model", "--max_new_tokens"),
     *("--generated_at_once", "--generate", "--generations", "--answers"),  # of evaluate.py
     *("--repo-type", "--local-dir"),  # of hf
+    *("--host", "--chat-template-kwargs"),  # of transformers serve
+    *("--served-model-name", "--enable-lora", "--max-lora-rank", "--lora-modules"),  # of vLLM
+    *("--outfile", "--outtype"),  # of llama.cpp
     *("--question", "--answer", "--skip_empty", "--system", "--prompt_suffix", "--channel"),  # of prepare_pairs.py
     *("--short_ngram", "--min_overlap", "--max_rows_per_ngram", "--copied_share"),
     *("--endpoint", "--rubric", "--votes", "--max_failed", "--report", "--price_in", "--price_out"),  # of judge.py
@@ -98,11 +113,17 @@ def test_every_document_is_tested():
     assert {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} <= set(DOCUMENTS)
 
 
+def test_the_index_names_every_page():
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert pages <= set(re.findall(r"\]\(([\w.]+\.md)", text_of("docs/README.md")))
+
+
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_files_exist(name):
     text = text_of(name)
     paths = re.findall(r"(?<![\w/*.-])[\w.-]+(?:/[\w.-]+)*\.(?:py|sh|json|jsonl|yaml|md|txt|png|log)\b", text)
-    missing = {p for p in paths if not (ROOT / p).exists() and not (ROOT / name).parent.joinpath(p).exists()}
+    beside = [(ROOT / name).parent, *([ROOT / "docs"] if name.startswith("docs/zh/") else [])]
+    missing = {p for p in paths if not any((directory / p).exists() for directory in (ROOT, *beside))}
     missing -= {
         p for p in missing for d in ("scripts", "ds_config", "examples/data") if (ROOT / d / p).exists()
     }  # as in the file tree
@@ -187,12 +208,33 @@ def test_variables_of_the_launch_script_exist(name):
         assert variable in scripts or variable in of_trackers | of_tests, variable
 
 
-def test_both_readmes_say_the_same():
-    """The same flags, files, metrics, headings and code."""
-    english, chinese = (text_of(name) for name in READMES)
-    for pattern in (r"`[^`\n]*`", r"(?m)^#+ ", r"https?://[^)\s]+", r"\]\((?!http|README)[^#)\s]+"):
+TRANSLATED = {"README.md": "README.zh.md"} | {
+    f"docs/{path.name}": f"docs/zh/{path.name}" for path in (ROOT / "docs" / "zh").glob("*.md")
+}
+
+
+@pytest.mark.parametrize("name", TRANSLATED)
+def test_both_languages_say_the_same(name):
+    """The same flags, files, metrics, headings, numbers of a table's lines, links and code."""
+    english, chinese = text_of(name), text_of(TRANSLATED[name])
+    for pattern in (r"`[^`\n]*`", r"(?m)^#+ ", r"https?://[^)\s]+", r"(?m)^\|"):
         ours, theirs = (sorted(re.findall(pattern, text)) for text in (english, chinese))
         assert ours == theirs
+    assert code_of(english) == code_of(chinese)
+    assert targets_of(name) == targets_of(TRANSLATED[name])
+
+
+def code_of(text: str) -> list[str]:
+    """The lines of a document's code in some language, without comments."""
+    blocks = re.findall(r"(?ms)^```\w+\n(.*?)^```", text)
+    return [re.sub(r" *#.*", "", line) for block in blocks for line in block.splitlines()]
+
+
+def targets_of(name: str) -> list[str]:
+    """The files that a document links to, from the root, but for itself in the other language."""
+    links = re.findall(r"\]\((?!http)([^#)\s]+)", text_of(name))
+    paths = [(ROOT / name).parent.joinpath(link).resolve().relative_to(ROOT).as_posix() for link in links]
+    return sorted(path for path in paths if path not in {*TRANSLATED, *TRANSLATED.values()})
 
 
 def test_numbers_of_the_comparison_are_the_results():
