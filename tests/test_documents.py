@@ -28,6 +28,7 @@ OTHERS = [
     "docs/evaluation.md",
     "docs/flags.md",
     "docs/loss.md",
+    "docs/memory.md",
     "docs/metrics.md",
     "docs/multi_node.md",
     "docs/objectives.md",
@@ -37,6 +38,7 @@ OTHERS = [
     "docs/stages.md",
     "ds_config/README.md",
     "examples/eval/README.md",
+    "recipes/README.md",
 ]
 DOCUMENTS = READMES + OTHERS
 MADE_BY_A_RUN = {  # named in the documents, made when the program runs
@@ -47,6 +49,7 @@ MADE_BY_A_RUN = {  # named in the documents, made when the program runs
     "adapter_config.json", "adapter_model.safetensors", "dropped.jsonl", "selection_report.json", "clusters.jsonl",
     "pii.jsonl", "evaluation_rows_found.jsonl", "scores.jsonl", "picks.jsonl", "answers.jsonl",
     "seed.jsonl", "train.log", "initial.json", "gsm8k.jsonl", "tools.jsonl", "mmlu.jsonl",
+    "data/numinamath.jsonl", "data/numinamath-boxed.jsonl", "data/gsm8k.jsonl",
 }  # fmt: skip
 FLAGS_OF_OTHERS = {
     *("--help", "--size"),  # of all programs, of a benchmark
@@ -67,7 +70,9 @@ FLAGS_OF_OTHERS = {
     *("--warmup_rows", "--reward_model", "--label", "--alpha", "--num_rows", "--radius", "--embeddings"),
     *("--seed_files", "--seed_embeddings", "--nproc-per-node", "--beta", "--seed_rows", "--augmented_rows"),
     *("--train_flags", "--initial_model", "--work_dir", "--embedding_model", "--max_new_tokens"),
-    *("--generated_at_once", "--generate", "--generations", "--answers"),  # of select_data.py, evaluate.py
+    *("--generated_at_once", "--generate", "--generations", "--answers"),  # of evaluate.py
+    *("--repo-type", "--local-dir"),  # of hf
+    *("--question", "--answer", "--skip_empty", "--system", "--prompt_suffix", "--channel"),  # of prepare_pairs.py
     *("--short_ngram", "--min_overlap", "--max_rows_per_ngram", "--copied_share"),
 }
 OPTIONS = set(known_options(load_listing()))
@@ -211,7 +216,7 @@ def test_constraints_cover_the_requirements():
     pinned = dict(line.lower().split("==") for line in text_of("constraints.txt").splitlines() if "==" in line)
     project = tomllib.loads(text_of("pyproject.toml"))["project"]
     extras = project["optional-dependencies"]
-    assert set(extras) == {"adapters", "dev", "bench", "selection"}
+    assert set(extras) == {"adapters", "dev", "bench", "judge", "selection"}
     requirements = [line.split("#")[0].strip() for line in text_of("requirements.txt").splitlines()]
     for requirement in [*filter(None, requirements), *sum(extras.values(), [])]:
         package = re.split(r"[<>=\[; ]", requirement)[0].lower()
