@@ -1,10 +1,16 @@
-"""Tool calls that an answer makes, read from its text: JSON objects with a name and arguments.
+"""Tool calls that an answer makes, read from its text: JSON arguments, with the tool's name beside or before them.
 
-So most templates write them: Qwen's and Hermes' between <tool_call> and </tool_call>, Mistral's in a list, Llama's
-bare and with "parameters". Templates that write calls in a language of their own aren't read.
+    {"name": …, "arguments": {…}}        Qwen, Hermes, Mistral (in a list); Llama and Command R with "parameters"
+    NAME[ARGS]{…}                        newer versions of Mistral
+    NAME<｜tool▁sep｜>{…}                 DeepSeek-V3.1; V3 and R1 have the arguments in a code block
+    NAME and {…} on the next line        GLM-4, where nothing stands before the name
+    to=functions.NAME … <|message|>{…}   gpt-oss
+
+Calls that a template writes in another language, such as tags for each argument, aren't read.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +18,13 @@ from dft.reading.messages import function_of
 from dft.reading.rows import RowError
 from dft.reading.strict_json import decode_text
 
-ARGUMENT_KEYS = ("arguments", "parameters")
+NAME_KEYS, ARGUMENT_KEYS = ("name", "tool_name"), ("arguments", "parameters")
+TOOL = r"([A-Za-z_][\w.-]*)"
+NAME_BEFORE = re.compile(
+    rf"{TOOL}(?:\[ARGS\]|<｜tool▁sep｜>)\Z|<｜tool▁sep｜>{TOOL}\n```json\n\Z|\A\s*{TOOL}\n\Z"
+    rf"|to=functions\.{TOOL}[^{{}}]*<\|message\|>\Z"
+)
+NEARBY = 200  # characters before the arguments in which the name is looked for
 DECODER = json.JSONDecoder()
 MAX_FAILURES = 1000  # brackets that begin no JSON, after which a text isn't read on: it repeats itself
 
@@ -21,7 +33,15 @@ Call = tuple[str, Any]  # the name of the tool, and its arguments as a JSON valu
 
 def calls_in(text: str) -> list[Call]:
     """The calls in a text, in their order; empty if there is none."""
-    return [call for value in _json_values(text) for call in _calls_of_value(value)]
+    calls: list[Call] = []
+    end = 0
+    for start, stop, value in _json_values(text):
+        own = list(_calls_of_value(value))
+        nearby = text[max(end, start - NEARBY) : start]
+        before = NAME_BEFORE.search(nearby) if isinstance(value, dict) and not own else None
+        calls += own if before is None else [(next(filter(None, before.groups())), value)]
+        end = stop
+    return calls
 
 
 def calls_of(message: dict[str, Any]) -> list[Call]:
@@ -30,8 +50,11 @@ def calls_of(message: dict[str, Any]) -> list[Call]:
     return [(function["name"], _arguments(function.get("arguments"))) for function in functions]
 
 
-def _json_values(text: str) -> Iterator[Any]:
-    """The JSON objects and lists in a text, from left to right; what is inside one isn't returned by itself."""
+def _json_values(text: str) -> Iterator[tuple[int, int, Any]]:
+    """The JSON objects and lists in a text, from left to right, and the characters [start, stop) of each.
+
+    What is inside one isn't returned by itself.
+    """
     position = failures = 0
     while failures < MAX_FAILURES and (start := _next_bracket(text, position)) >= 0:
         try:
@@ -39,7 +62,7 @@ def _json_values(text: str) -> Iterator[Any]:
         except (ValueError, RecursionError):
             position, failures = start + 1, failures + 1
         else:
-            yield value
+            yield start, position, value
 
 
 def _next_bracket(text: str, position: int) -> int:
@@ -50,9 +73,10 @@ def _next_bracket(text: str, position: int) -> int:
 def _calls_of_value(value: Any) -> Iterator[Call]:
     for item in value if isinstance(value, list) else [value]:
         function = function_of(item)
+        name = next((function[key] for key in NAME_KEYS if isinstance(function.get(key), str)), None)
         key = next((key for key in ARGUMENT_KEYS if key in function), None)
-        if isinstance(function.get("name"), str) and key is not None:
-            yield function["name"], _arguments(function[key])
+        if name is not None and key is not None:
+            yield name, _arguments(function[key])
 
 
 def _arguments(value: Any) -> Any:

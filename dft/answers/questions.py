@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 
 from dft.answers.calls import calls_of
-from dft.answers.scorers import Scorer, choose_scorer, final_text, make_scorer, read_calls, same_value
+from dft.answers.scorers import THINKING, Scorer, choose_scorer, final_text, make_scorer, read_calls, same_value
 from dft.chat.format import ChatFormat
-from dft.chat.labeler import THINKING_BLOCKS
 from dft.config.answers import AUTO, scorer_of
 from dft.config.data import DataConfig
 from dft.data.channels import file_names
@@ -201,7 +200,7 @@ def _question(
         prompt,
         asked=messages[-2]["content"],
         reference=reference,
-        thinking=next((tag for tag in THINKING_BLOCKS if text.rstrip().endswith(tag)), ""),
+        thinking=next((tag for tag in THINKING if text.rstrip().endswith(tag)), ""),
         scorer=_scorer(scorer, reference, messages[-1]),
         source=source,
         place=place,

@@ -27,6 +27,9 @@ LATEX_FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
 NUMBER = re.compile(r"(?:(?<![\w)\].])[-\u2212])?(?:(\d{1,3}(?:,\d{3})+(?!\d)|\d+)(\.\d+)?|(\.\d+))(?:/(\d+))?")
 MAX_DIGITS = 1000  # Python refuses to read much longer numbers, which only a model that repeats itself writes
 ENDS_IN_NUMBER = re.compile(r"\d[\W_]*\Z")
+THINKING = THINKING_BLOCKS | {"<|START_THINKING|>": "<|END_THINKING|>"}  # Command R's
+# What some templates write around what is said behind the thinking: gpt-oss, Command R
+AROUND = re.compile(r"(?:<\|start\|>assistant)?<\|channel\|>final<\|message\|>|<\|(?:START|END)_RESPONSE\|>")
 MARKS_OF_RESULTS = ("####", "\\boxed{")
 FENCE = re.compile(r"```(?:json|JSON)?[ \t]*\n(.*?)\n?```", re.DOTALL)
 
@@ -79,13 +82,13 @@ def choose_scorer(reference: str, has_calls: bool) -> str:
 
 
 def final_text(text: str) -> str:
-    """A text without its thinking blocks; nothing of one that ends while it thinks."""
-    for opening, closing in THINKING_BLOCKS.items():
+    """A text without its thinking blocks and what is around the rest; nothing of one that ends while it thinks."""
+    for opening, closing in THINKING.items():
         before, tag, thought = text.rpartition(opening)
         if tag and closing not in thought:
             return ""
         text = text.rpartition(closing)[2]
-    return text.strip()
+    return AROUND.sub("", text).strip()
 
 
 def read_text(text: str) -> str:

@@ -70,14 +70,19 @@ class AnsweringTrainer(Trainer):
         is_sharded = (self.is_deepspeed_enabled and is_deepspeed_zero3_enabled()) or self.is_fsdp_enabled
         # layers that are compiled for training would be compiled again for each length of the cache
         not_compiled = torch.compiler.set_stance("force_eager") if self.args.torch_compile else nullcontext()
-        with self.compute_loss_context_manager(), not_compiled:
-            return ask(
-                self.model,
-                self.processing_class,
-                plan.questions,
-                plan.max_new_tokens,
-                self._end_tokens,
-                tokens_at_once=at_once,
-                device=self.args.device,
-                in_step=is_sharded and dist.is_initialized() and dist.get_world_size() > 1,
-            )
+        try:
+            with self.compute_loss_context_manager(), not_compiled:
+                return ask(
+                    self.model,
+                    self.processing_class,
+                    plan.questions,
+                    plan.max_new_tokens,
+                    self._end_tokens,
+                    tokens_at_once=at_once,
+                    device=self.args.device,
+                    in_step=is_sharded and dist.is_initialized() and dist.get_world_size() > 1,
+                )
+        except torch.OutOfMemoryError as error:
+            remedy = "per_device_eval_batch_size" if plan.tokens_at_once is None else "generated_at_once"
+            error.add_note(f"This was in {at_once:,} tokens of prompts and answers at once: lower --{remedy}.")
+            raise

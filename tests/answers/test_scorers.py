@@ -8,7 +8,11 @@ import pytest
 
 from dft.answers import scorers
 from dft.answers.calls import calls_of
-from dft.answers.scorers import choose_scorer, make_scorer
+from dft.answers.scorers import choose_scorer, final_text, make_scorer, read_calls
+from dft.chat.format import ChatFormat
+from dft.model.trained import turn_end_token
+from dft.reading.rows import RowError
+from tests.chat import families
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Bonn", "days": 2}}\n</tool_call>'
 RIGHT = [  # (scorer, answer, reference)
@@ -31,6 +35,7 @@ RIGHT = [  # (scorer, answer, reference)
     ("tool_call", '<tool_call>{"arguments": {"days": 2, "city": "Bonn"}, "name": "weather"}</tool_call>', CALL),
     ("tool_call", 'I look. {"name": "weather", "parameters": {"city": "Bonn", "days": 2.0}}', CALL),
     ("tool_call", '[TOOL_CALLS][{"name": "weather", "arguments": "{\\"city\\": \\"Bonn\\", \\"days\\": 2}"}]', CALL),
+    ("tool_call", '[TOOL_CALLS]weather[ARGS]{"days": 2, "city": "Bonn"}', CALL),
     ("tool_call", CALL + CALL, CALL + "\n" + CALL),
     ("tool_call", 'The set {"a": 1} is no call.', "It is sunny."),
 ]
@@ -59,6 +64,7 @@ WRONG = [
     ("tool_call", CALL + CALL, CALL),
     ("tool_call", "It is sunny.", CALL),
     ("tool_call", CALL, "It is sunny."),
+    ("tool_call", 'In Bonn, the weather\n{"city": "Bonn", "days": 2}', CALL),
     ("tool_call", CALL[:-20], CALL),
     ("tool_call", "<think>" + CALL, CALL),
     ("tool_call", "[" * 5_000 + "{" * 5_000, CALL),
@@ -132,6 +138,43 @@ def test_a_reference_that_nothing_could_equal_can_not_be_scored():
 )
 def test_auto_tells_the_scorer_by_the_reference(reference, has_calls, expected):
     assert choose_scorer(reference, has_calls) == expected
+
+
+READ = ("qwen2.5", "qwen3", "llama3", "mistral_v3", "mistral_v11", "deepseek_v3", "deepseek_r1", "deepseek_v3_1")
+READ += ("glm4", "gpt_oss", "command_r7b")
+
+
+@pytest.mark.parametrize("name", sorted(families.FAMILIES))
+def test_what_families_of_templates_write(name):
+    """The calls of those that are named in calls.py; and in all of them the final text."""
+    chat_format = ChatFormat(families.tokenizer(name))
+    ends = {chat_format.tokenizer.eos_token_id, turn_end_token(chat_format)}
+
+    def last_turn(answer: dict) -> str:
+        ids = chat_format.last_turn([{"role": "user", "content": "Hi"}, answer], TOOLS)
+        return chat_format.tokenizer.decode([token for token in ids.tolist() if token not in ends])
+
+    function = {"name": "weather", "arguments": {"city": "Bonn", "days": 2}}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+    try:
+        text = last_turn(call)
+    except RowError:
+        assert name not in READ  # the template shows no calls
+    else:
+        assert (read_calls(text) == calls_of(call)) == (name in (*READ, "chatml_unmarked")), text
+    assert final_text(last_turn({"role": "assistant", "content": "It is 12."})) == "It is 12."
+
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "The weather",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+        },
+    }
+]
 
 
 def test_the_calls_of_a_message_in_every_form():
