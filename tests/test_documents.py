@@ -27,6 +27,7 @@ OTHERS = [
     "docs/data.md",
     "docs/evaluation.md",
     "docs/flags.md",
+    "docs/judging.md",
     "docs/loss.md",
     "docs/metrics.md",
     "docs/multi_node.md",
@@ -46,7 +47,8 @@ MADE_BY_A_RUN = {  # named in the documents, made when the program runs
     "run.json", "test.jsonl", "manifest.json", "manifest-8.json", "eval_results.json", "generation_config.json",
     "adapter_config.json", "adapter_model.safetensors", "dropped.jsonl", "selection_report.json", "clusters.jsonl",
     "pii.jsonl", "evaluation_rows_found.jsonl", "scores.jsonl", "picks.jsonl", "answers.jsonl",
-    "seed.jsonl", "train.log", "initial.json", "gsm8k.jsonl", "tools.jsonl", "mmlu.jsonl",
+    "seed.jsonl", "train.log", "initial.json", "gsm8k.jsonl", "tools.jsonl", "mmlu.jsonl", "judged.jsonl",
+    "other_answers.jsonl",
 }  # fmt: skip
 FLAGS_OF_OTHERS = {
     *("--help", "--size"),  # of all programs, of a benchmark
@@ -75,6 +77,8 @@ FLAGS_OF_OTHERS = {
         "--answer_scorers",
     ),  # of select_data.py, evaluate.py
     *("--short_ngram", "--min_overlap", "--max_rows_per_ngram", "--copied_share"),
+    *("--endpoint", "--rubric", "--votes", "--max_failed", "--report", "--price_in", "--price_out"),  # of judge.py
+    *("--workers", "--timeout", "--max_retries", "--max_tokens", "--request"),
 }
 OPTIONS = set(known_options(load_listing()))
 

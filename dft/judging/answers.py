@@ -77,7 +77,7 @@ def load_answers(path: Path) -> list[Answer]:
     """The rows of a file: JSON lines, a JSON array or Parquet, with the keys prompt and answer.
 
     A prompt is a text, or messages with role and content. `reference` and `channel` are texts; they may be null or
-    missing.
+    missing. A row without a channel is of its `source`, if that is a text.
 
     Raises:
         UserError: the file can't be read or is empty, or rows of it can't be used, with their places.
@@ -115,7 +115,8 @@ def _answer(raw: RawRow, path: str) -> Answer:
     for column, value in texts.items():
         if not isinstance(value, str) and (value is not None or column == "answer"):
             raise malformed(f"{column!r} must be text, not {kind(value)}")
-    channel = (texts["channel"] or "").strip()
+    source = row.get("source")  # what scripts/evaluate.py calls the channel
+    channel = (texts["channel"] or (source if isinstance(source, str) else "")).strip()
     return Answer(_prompt(row["prompt"]), texts["answer"], texts["reference"], channel, path, raw.line)
 
 

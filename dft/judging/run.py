@@ -143,7 +143,7 @@ def conclude(report: dict[str, Any], lines: list[str], costs: Costs, settings: S
         StoppedEarly: more requests have failed than may, with the status 1.
     """
     spent = costs.lines(settings.prices) if costs.requests else ["nothing had to be asked"]
-    print("\n".join([*lines, *spent]))
+    print("\n".join(line.rstrip() for line in [*lines, *spent]))
     about = {
         "model": settings.endpoint.model,
         "rubric": settings.poll.rubric.digest,

@@ -23,7 +23,7 @@ def test_what_a_row_says(load):
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}]
     first, second = load(
         [
-            row("2 + 2?", "4", reference=None, source="a", loss=float("1e3")),
+            row("2 + 2?", "4", reference=None, source=7, loss=float("1e3")),
             row(messages, " 4\n", reference="four", channel="maths"),
         ]
     )
@@ -31,6 +31,12 @@ def test_what_a_row_says(load):
     assert (first.answer, first.reference, first.channel, first.line) == ("4", None, "", 1)
     assert second.prompt == tuple(messages)
     assert (second.answer, second.reference, second.channel, second.line) == (" 4\n", "four", "maths", 2)
+
+
+def test_the_source_is_the_channel_of_rows_without_one(load):
+    """As scripts/evaluate.py writes them."""
+    answers = load([row("1", source="a"), row("2", source="a", channel="b"), row("3", source="a", channel=None)])
+    assert [answer.channel for answer in answers] == ["a", "b", "a"]
 
 
 def test_an_empty_answer_is_an_answer(load):

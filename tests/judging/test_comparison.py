@@ -89,7 +89,7 @@ def test_the_report(rubric):
     assert (report["unpaired"], report["pairs_without_verdict"]) == (["a.jsonl:9"], ["a.jsonl:5"])
     text = "\n".join(table(report, "a.jsonl", "b.jsonl"))
     assert "A: a.jsonl\nB: b.jsonl" in text
-    assert "4 of 5 pairs have a verdict. Ties are 0 with the same answer twice, and 1 on which the two orders" in text
+    assert "have a verdict. Among the ties are 0 with equal answers and 1 on which the orders" in text
     assert "15 are for the first and 9 for the second (62%; without a bias 50%)" in text
     assert "1 without a partner: a.jsonl:9" in text
     assert "1 without a verdict: a.jsonl:5" in text

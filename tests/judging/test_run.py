@@ -230,7 +230,7 @@ def test_a_judge_of_the_place(server, tmp_path, capsys):
     compare(server, tmp_path, b=[{**row, "answer": "No."} for row in ROWS])
     text = capsys.readouterr().out
     assert re.search(r"overall +0 +6 +0 +50\.0%", text)
-    assert "6 on which the two orders disagree" in text
+    assert "6 on which the orders disagree" in text
     assert "36 are for the first and 0 for the second (100%; without a bias 50%)" in text
     assert re.search(r"(?m)^even +0 +3 +0 +50\.0%", text)
 
