@@ -142,7 +142,7 @@ def make_trainer(tokenizer, tmp_path):
 
     def make(model=None, **settings) -> DFTTrainer:
         names = {*inspect.signature(DFTTrainer.__init__).parameters, *SETTINGS, "compute_loss_func"}
-        names |= {"processing_class", "train_dataset", "made_with", "stages", "optimizers"}
+        names |= {"processing_class", "train_dataset", "made_with", "stages", "answers", "optimizers"}
         own = {name: settings.pop(name) for name in names if name in settings}
         args = TrainingArguments(
             report_to="none",

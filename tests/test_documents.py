@@ -29,6 +29,7 @@ OTHERS = [
     "docs/flags.md",
     "docs/judging.md",
     "docs/loss.md",
+    "docs/memory.md",
     "docs/metrics.md",
     "docs/multi_node.md",
     "docs/objectives.md",
@@ -38,6 +39,7 @@ OTHERS = [
     "docs/stages.md",
     "ds_config/README.md",
     "examples/eval/README.md",
+    "recipes/README.md",
 ]
 DOCUMENTS = READMES + OTHERS
 MADE_BY_A_RUN = {  # named in the documents, made when the program runs
@@ -47,8 +49,8 @@ MADE_BY_A_RUN = {  # named in the documents, made when the program runs
     "run.json", "test.jsonl", "manifest.json", "manifest-8.json", "eval_results.json", "generation_config.json",
     "adapter_config.json", "adapter_model.safetensors", "dropped.jsonl", "selection_report.json", "clusters.jsonl",
     "pii.jsonl", "evaluation_rows_found.jsonl", "scores.jsonl", "picks.jsonl", "answers.jsonl",
-    "seed.jsonl", "train.log", "initial.json", "gsm8k.jsonl", "tools.jsonl", "mmlu.jsonl", "judged.jsonl",
-    "other_answers.jsonl",
+    "seed.jsonl", "train.log", "initial.json", "gsm8k.jsonl", "tools.jsonl", "mmlu.jsonl",
+    "data/numinamath.jsonl", "data/numinamath-boxed.jsonl", "data/gsm8k.jsonl", "judged.jsonl", "other_answers.jsonl",
 }  # fmt: skip
 FLAGS_OF_OTHERS = {
     *("--help", "--size"),  # of all programs, of a benchmark
@@ -69,13 +71,9 @@ FLAGS_OF_OTHERS = {
     *("--warmup_rows", "--reward_model", "--label", "--alpha", "--num_rows", "--radius", "--embeddings"),
     *("--seed_files", "--seed_embeddings", "--nproc-per-node", "--beta", "--seed_rows", "--augmented_rows"),
     *("--train_flags", "--initial_model", "--work_dir", "--embedding_model", "--max_new_tokens"),
-    *(
-        "--generated_at_once",
-        "--generate",
-        "--generations",
-        "--answers",
-        "--answer_scorers",
-    ),  # of select_data.py, evaluate.py
+    *("--generated_at_once", "--generate", "--generations", "--answers"),  # of evaluate.py
+    *("--repo-type", "--local-dir"),  # of hf
+    *("--question", "--answer", "--skip_empty", "--system", "--prompt_suffix", "--channel"),  # of prepare_pairs.py
     *("--short_ngram", "--min_overlap", "--max_rows_per_ngram", "--copied_share"),
     *("--endpoint", "--rubric", "--votes", "--max_failed", "--report", "--price_in", "--price_out"),  # of judge.py
     *("--workers", "--timeout", "--max_retries", "--max_tokens", "--request"),

@@ -8,7 +8,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dft.answers.questions import Question
+from dft.errors import UserError
 from dft.generation import TOKENS_AT_ONCE, share_answers
+from dft.printable import printable
+
+AVERAGES = ("score", "ended", "mean_tokens")
 
 
 @dataclass(frozen=True)
@@ -85,12 +89,8 @@ def groups_of(answers: Sequence[Answer]) -> dict[tuple[str, str], list[Answer]]:
 
 def averages_of(answers: Sequence[Answer]) -> dict[str, float]:
     """Shares of right and of ended answers, and mean tokens: {score, ended, mean_tokens}."""
-    count = len(answers)
-    return {
-        "score": sum(answer.is_right for answer in answers) / count,
-        "ended": sum(answer.has_ended for answer in answers) / count,
-        "mean_tokens": sum(answer.num_tokens for answer in answers) / count,
-    }
+    columns = zip(*((answer.is_right, answer.has_ended, answer.num_tokens) for answer in answers), strict=True)
+    return {name: sum(column) / len(column) for name, column in zip(AVERAGES, columns, strict=True)}
 
 
 def answer_metrics(answers: Sequence[Answer]) -> dict[str, float]:
@@ -104,6 +104,17 @@ def answer_metrics(answers: Sequence[Answer]) -> dict[str, float]:
 def metric_of(source: str, scorer: str) -> str:
     """The name of the score of a source; that of regex without its pattern, which may hold anything."""
     return f"answers/{source}/{scorer.partition(':')[0]}"
+
+
+def check_metric(metric: str | None, questions: Sequence[Question]) -> None:
+    """Raises UserError where a metric of answers decides over checkpoints, and it isn't one of these questions'."""
+    name = (metric or "").removeprefix("eval_")
+    if not name.startswith("answers/") or name in {f"answers/{name}" for name in AVERAGES}:
+        return
+    known = sorted({metric_of(question.source, question.scorer.name) for question in questions})
+    if name not in known:
+        listed = ", ".join(f"eval_{printable(name)}" for name in ("answers/score", *known))
+        raise UserError(f"--metric_for_best_model is {printable(metric)}; of answers there are {listed}")
 
 
 def record_of(answer: Answer, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

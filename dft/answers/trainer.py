@@ -1,8 +1,10 @@
 """A Trainer that asks the model at each evaluation, and adds the scores of its answers to the metrics."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -66,7 +68,9 @@ class AnsweringTrainer(Trainer):
         longest = max(len(question.prompt) for question in plan.questions) + plan.max_new_tokens
         at_once = plan.tokens_at_once or min(TOKENS_AT_ONCE, self.args.per_device_eval_batch_size * longest)
         is_sharded = (self.is_deepspeed_enabled and is_deepspeed_zero3_enabled()) or self.is_fsdp_enabled
-        with self.compute_loss_context_manager():
+        # layers that are compiled for training would be compiled again for each length of the cache
+        not_compiled = torch.compiler.set_stance("force_eager") if self.args.torch_compile else nullcontext()
+        with self.compute_loss_context_manager(), not_compiled:
             return ask(
                 self.model,
                 self.processing_class,
