@@ -59,9 +59,7 @@ MADE_BY_A_RUN = {  # named in the documents, made when the program runs
     "adapter_config.json", "adapter_model.safetensors", "dropped.jsonl", "selection_report.json", "clusters.jsonl",
     "pii.jsonl", "evaluation_rows_found.jsonl", "scores.jsonl", "picks.jsonl", "answers.jsonl",
     "seed.jsonl", "train.log", "initial.json", "gsm8k.jsonl", "tools.jsonl", "mmlu.jsonl",
-    "data/numinamath.jsonl", "data/numinamath-boxed.jsonl", "data/gsm8k.jsonl",
     "judged.jsonl", "other_answers.jsonl",
-    "seed.jsonl", "train.log", "initial.json",
     "data/numinamath.jsonl", "data/numinamath-boxed.jsonl", "data/gsm8k.jsonl", "data.jsonl",
     "convert_hf_to_gguf.py",  # of llama.cpp
 }  # fmt: skip

@@ -163,8 +163,9 @@ def _remarks(report: dict[str, Any]) -> list[str]:
     first, second = (report["verdicts_by_place"][place] for place in ("first", "second"))
     share = f" ({first / (first + second):.0%}; without a bias 50%)" if first + second else ""
     lines = [
-        f"{report['judged']:,} of {report['pairs']:,} pairs have a verdict. Among the ties are {report['same_answers']:,} "
-        f"with equal answers and {report['orders_disagree']:,} on which the orders disagree",
+        f"{report['judged']:,} of {report['pairs']:,} pairs have a verdict. Among the ties are "
+        f"{report['same_answers']:,} with equal answers and {report['orders_disagree']:,} on which the orders "
+        "disagree",
         f"of the votes for one answer, {first:,} are for the first and {second:,} for the second{share}",
         f"sign test of the pairs that one side wins: p = {report['results'][OVERALL]['sign_test']:.2g}",
     ]

@@ -35,6 +35,11 @@ def test_an_answer_cannot_close_its_tags(rubric):
     assert re.findall(rf"<answer-{new}>\n(.*?)\n</answer-{new}>", attacked, re.DOTALL) == [attack]
 
 
+def test_the_tags_can_not_be_known_before(rubric):
+    texts = [score_messages(Case(PROMPT, (answer,)), rubric)[1]["content"] for answer in ("4", "5")]
+    assert len({re.search(r"<answer-(\w+)>", text)[1] for text in texts}) == 2
+
+
 def test_the_same_case_makes_the_same_request(rubric):
     case = Case(PROMPT, ("4",))
     assert score_messages(case, rubric) == score_messages(case, rubric)

@@ -36,6 +36,7 @@ def test_a_reason_may_be_missing(rubric):
         ("<think>so</think>", "empty", "no text"),
         ("The answer deserves a 4.", "not_json", "broken JSON"),
         (f"Here you are: {GOOD}", "not_json", "broken JSON"),
+        (f"Here you are:\n```json\n{GOOD}\n```", "not_json", "broken JSON"),
         (GOOD + GOOD, "not_json", "broken JSON"),
         (GOOD[:-1], "not_json", "broken JSON"),
         (GOOD.replace("4", "NaN"), "not_json", "NaN and Infinity are not JSON"),

@@ -1,7 +1,10 @@
 """scripts/judge.py with a server over HTTP: what is asked, what is kept, what is printed, and the status."""
 
 import json
+import os
 import re
+import signal
+import threading
 
 import pytest
 
@@ -119,6 +122,36 @@ def test_replies_without_counts_of_tokens_are_told(server, tmp_path, capsys):
     server.reply = lambda body: (200, completion(scores(3), usage=None))
     score(server, tmp_path)
     assert "18 replies came without counts of tokens" in capsys.readouterr().out
+
+
+def test_requests_without_a_reply_have_no_tokens(server, tmp_path, capsys):
+    """They are failures, and no replies without counts."""
+    server.reply = lambda body: (500, {}) if body["seed"] == 2 else (200, completion(scores(3)))
+    score(server, tmp_path, "--max_failed", 0.5)
+    text = capsys.readouterr().out
+    assert "18 requests, 120 prompt tokens, 60 completion tokens\n6 requests failed (33.3%):\n  6 http_500" in text
+
+
+def test_an_interrupted_run_goes_on(server, tmp_path, capsys):
+    rows = [{"prompt": str(n), "answer": f"It is {n}."} for n in range(3)]
+    output = tmp_path / "judged.jsonl"
+    count, is_over = iter(range(1000)), threading.Event()
+
+    def reply(body):
+        if next(count) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+            is_over.wait(60)  # so that the run can't end before it is interrupted
+        return 200, completion(scores(3))
+
+    server.reply = reply
+    with pytest.raises(StoppedEarly, match="interrupted; what was judged is in .*judged.jsonl") as raised:
+        score(server, tmp_path, "--output", output, "--workers", 1, rows=rows)
+    is_over.set()
+    assert raised.value.status == 130
+    assert "4 requests" in str(raised.value)
+    server.reply = lambda body: (200, completion(scores(3)))
+    score(server, tmp_path, "--output", output, rows=rows)
+    assert "3 of 3 rows have scores\n6 requests" in capsys.readouterr().out.replace(", from 1 to 5", "")
 
 
 @pytest.mark.parametrize(
