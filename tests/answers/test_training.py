@@ -230,10 +230,11 @@ def test_a_metric_of_answers_must_be_of_these_questions(plan):
 
 @pytest.mark.launch
 def test_zero3_on_two_processes_gives_the_answers_of_one(taught, lessons, tmp_path, train_in):
-    """With packed rows; of seven questions, so that one process has one more. No step changes the weights."""
+    """Which compute packed rows together; of seven questions one has one more. No step changes the weights."""
     flags = ("--model_name_or_path", taught, "--data_files", lessons["right"], "--eval_data_files", lessons["wrong"])
     flags += ("--eval_generations", 7, "--eval_max_new_tokens", NEW_TOKENS, "--eval_steps", 1, "--learning_rate", 0)
-    flags += ("--batching", "packed", "--max_length", 128, "--save_strategy", "no", "--report_to", "swanlab", "wandb")
+    flags += ("--batching", "packed", "--max_length", 128, "--attn_implementation", "varlen")
+    flags += ("--sequence_parallel_size", 2, "--save_strategy", "no", "--report_to", "swanlab", "wandb")
     flags += ("--answer_scorers", "facts=regex:(P|M)", "--metric_for_best_model", "eval_answers/facts/regex")
     env = {"LAUNCHER": "deepspeed", "DS_CONFIG": "ds_config/zero3.json", "SWANLAB_API_KEY": "", "WANDB_API_KEY": ""}
     result = train_in(tmp_path, *flags, **env, HOME=str(tmp_path))
