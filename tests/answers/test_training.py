@@ -185,8 +185,13 @@ def test_a_tracker_gets_a_table_and_may_fail(name, trainer_of, plan, monkeypatch
 
 
 def test_the_card_has_a_section_of_answers():
-    bad = {"asked": "a|b\n# c", "reference": "<b>*x*", "answer": "\x1b[2J" + "y" * 1000, "tokens": 3}
-    answers = [bad | {"source": "s|1", "scorer": "exact", "is_right": i == 0, "has_ended": True} for i in range(4)]
+    bad = {
+        "prompt": [{"role": "user", "content": "a|b\n# c"}],
+        "reference": "<b>*x*",
+        "answer": "\x1b[2J" + "y" * 1000,
+        "tokens": 3,
+    }
+    answers = [bad | {"channel": "s|1", "scorer": "exact", "is_right": i == 0, "has_ended": True} for i in range(4)]
     section = answers_section(answers)
     assert "| s¦1 | exact | 4 | 0.2500 | 1.0000 |" in section
     assert "| a¦b\\\\n# c | &lt;b&gt;\\*x\\* | \\\\x1b\\[2Jyy" in section
