@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from data_utils import prepare_on_each_node
-from dft.answers.asking import record_of
+from dft.answers.asking import json_line, record_of
 from dft.answers.questions import Questions, questions_of_data, source_names
 from dft.answers.report import answers_table, refusal_lines, sample_lines
 from dft.answers.trainer import AnswerPlan
@@ -83,8 +83,7 @@ def main(argv: list[str] | None = None) -> None:
             sep="\n",
         )
     if args.answers:
-        records = [record_of(answer, trained.tokenizer) for answer in trainer.answers]
-        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        text = "".join(json_line(record_of(answer, trained.tokenizer)) for answer in trainer.answers)
         args.answers.write_text(text, encoding="utf-8", errors="backslashreplace")
     if args.output:
         args.output.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")

@@ -1,5 +1,6 @@
 """Ask a model the questions, on all ranks together, and count what is right."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -118,13 +119,13 @@ def check_metric(metric: str | None, questions: Sequence[Question]) -> None:
 
 
 def record_of(answer: Answer, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """An answer as a JSON object, with the whole prompt as text."""
+    """An answer as a JSON object; its prompt is there as messages, and as the text that the model reads."""
     question = answer.question
     return {
-        "source": question.source,
+        "channel": question.source,
         "place": question.place,
-        "prompt": tokenizer.decode(question.prompt.tolist(), skip_special_tokens=False),
-        "asked": question.asked,
+        "prompt": question.messages,
+        "prompt_text": tokenizer.decode(question.prompt.tolist(), skip_special_tokens=False),
         "reference": question.reference,
         "answer": answer.text,
         "scorer": question.scorer.name,
@@ -132,3 +133,8 @@ def record_of(answer: Answer, tokenizer: PreTrainedTokenizerBase) -> dict[str, A
         "has_ended": answer.has_ended,
         "tokens": answer.num_tokens,
     }
+
+
+def json_line(record: dict[str, Any]) -> str:
+    """A record as a line of JSON; what JSON has no type for, such as a date from Parquet, is written as a text."""
+    return json.dumps(record, ensure_ascii=False, default=str) + "\n"

@@ -35,7 +35,7 @@ class Question:
 
     Attributes:
         prompt: ids, int32 [T], with the generation prompt.
-        asked: the last message before the answer, for people.
+        messages: what stands before the answer, with role and content.
         reference: the row's own answer, as the template writes it, without its end.
         thinking: the tag of a thinking block that the prompt opens, "" for none.
         source: the channel of the row, or the short name of its file.
@@ -43,12 +43,17 @@ class Question:
     """
 
     prompt: np.ndarray
-    asked: str
+    messages: list[dict[str, Any]]
     reference: str
     thinking: str
     scorer: Scorer
     source: str
     place: str
+
+    @property
+    def asked(self) -> str:
+        """The last message before the answer, for people."""
+        return self.messages[-1]["content"]
 
 
 @dataclass(frozen=True)
@@ -198,7 +203,7 @@ def _question(
     reference, text = (tokenizer.decode(ids, skip_special_tokens=False) for ids in (answer[:length], prompt.tolist()))
     return Question(
         prompt,
-        asked=messages[-2]["content"],
+        messages=messages[:-1],
         reference=reference,
         thinking=next((tag for tag in THINKING if text.rstrip().endswith(tag)), ""),
         scorer=_scorer(scorer, reference, messages[-1]),

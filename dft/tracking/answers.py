@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from dft.answers.asking import Answer, record_of
+from dft.answers.asking import Answer, json_line, record_of
 from dft.answers.report import answers_table, choose_samples, sample_lines, shortened
 from dft.answers.trainer import AnsweringTrainer
 from dft.files import dispensable
@@ -58,7 +58,7 @@ class AnswersLog(TrainerCallback):
         shown = [*answers_table(answers), *sample_lines(answers)]
         logger.info("Answers at step %d:\n%s", state.global_step, "\n".join(shown))
         records = [{"step": state.global_step} | record_of(a, self._trainer.processing_class) for a in answers]
-        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        text = "".join(map(json_line, records))
         with dispensable(self._path), open(self._path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
 
@@ -157,14 +157,14 @@ def answers_section(answers: list[dict[str, Any]]) -> str:
         return ""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for answer in answers:
-        groups[answer["source"], answer["scorer"]].append(answer)
+        groups[answer["channel"], answer["scorer"]].append(answer)
     scores = [
         (source, scorer, f"{len(some):,}", f"{_share(some, 'is_right'):.4f}", f"{_share(some, 'has_ended'):.4f}")
         for (source, scorer), some in sorted(groups.items())
     ]
     samples = [
-        (*(shortened(answer[key]) for key in ("asked", "reference", "answer")), _yes(answer["is_right"]))
-        for answer in choose_samples(answers)
+        (*map(shortened, (a["prompt"][-1]["content"], a["reference"], a["answer"])), _yes(a["is_right"]))
+        for a in choose_samples(answers)
     ]
     return f"""
 ## Answers

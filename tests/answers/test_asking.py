@@ -124,9 +124,9 @@ def test_records_and_reports_say_what_was_asked_and_answered(answers_to, tokeniz
     assert record.pop("place").endswith("rows.jsonl:1")
     assert record.pop("tokens") == answers[0].num_tokens
     assert record == {
-        "source": "facts",
-        "prompt": "<|im_start|>user\nCapital of France?<|im_end|>\n<|im_start|>assistant\n",
-        "asked": "Capital of France?",
+        "channel": "facts",
+        "prompt": [{"role": "user", "content": "Capital of France?"}],
+        "prompt_text": "<|im_start|>user\nCapital of France?<|im_end|>\n<|im_start|>assistant\n",
         "reference": "Paris.",
         "answer": "Paris.",
         "scorer": "exact",

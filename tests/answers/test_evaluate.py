@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from dft.errors import UserError
+from dft.judging.answers import load_answers
 from scripts import evaluate
 from tests.answers.lessons import SCORERS
 from tests.helpers import run_on
@@ -50,7 +51,7 @@ def test_answers_are_shown_and_written(taught, lessons, tmp_path, capsys):
     )
     assert cells(shown)["all"][:2] == ["4", "0.0000"]
     records = [json.loads(line) for line in written.read_text().splitlines()]
-    assert [(r["source"], r["scorer"], r["is_right"]) for r in records] == [
+    assert [(r["channel"], r["scorer"], r["is_right"]) for r in records] == [
         ("facts", "regex:(.)", False),
         ("sums", "last_number", False),
         ("forms", "exact", False),
@@ -58,6 +59,9 @@ def test_answers_are_shown_and_written(taught, lessons, tmp_path, capsys):
     ]
     assert (records[0]["answer"], records[0]["reference"]) == ("Paris.", "Madrid.")
     assert records[0]["place"] == f"{lessons['wrong']}:1"
+    judged = load_answers(written)  # as scripts/judge.py reads them
+    assert judged[0].prompt == ({"role": "user", "content": "Capital of France?"},)
+    assert (judged[0].answer, judged[0].reference, judged[0].channel) == ("Paris.", "Madrid.", "facts")
 
 
 def test_scorers_of_the_training_are_taken_and_may_name_other_sources(taught, lessons, tmp_path, capsys):

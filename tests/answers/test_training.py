@@ -185,8 +185,13 @@ def test_a_tracker_gets_a_table_and_may_fail(name, trainer_of, plan, monkeypatch
 
 
 def test_the_card_has_a_section_of_answers():
-    bad = {"asked": "a|b\n# c", "reference": "<b>*x*", "answer": "\x1b[2J" + "y" * 1000, "tokens": 3}
-    answers = [bad | {"source": "s|1", "scorer": "exact", "is_right": i == 0, "has_ended": True} for i in range(4)]
+    bad = {
+        "prompt": [{"role": "user", "content": "a|b\n# c"}],
+        "reference": "<b>*x*",
+        "answer": "\x1b[2J" + "y" * 1000,
+        "tokens": 3,
+    }
+    answers = [bad | {"channel": "s|1", "scorer": "exact", "is_right": i == 0, "has_ended": True} for i in range(4)]
     section = answers_section(answers)
     assert "| s¦1 | exact | 4 | 0.2500 | 1.0000 |" in section
     assert "| a¦b\\\\n# c | &lt;b&gt;\\*x\\* | \\\\x1b\\[2Jyy" in section
@@ -230,10 +235,11 @@ def test_a_metric_of_answers_must_be_of_these_questions(plan):
 
 @pytest.mark.launch
 def test_zero3_on_two_processes_gives_the_answers_of_one(taught, lessons, tmp_path, train_in):
-    """With packed rows; of seven questions, so that one process has one more. No step changes the weights."""
+    """Which compute packed rows together; of seven questions one has one more. No step changes the weights."""
     flags = ("--model_name_or_path", taught, "--data_files", lessons["right"], "--eval_data_files", lessons["wrong"])
     flags += ("--eval_generations", 7, "--eval_max_new_tokens", NEW_TOKENS, "--eval_steps", 1, "--learning_rate", 0)
-    flags += ("--batching", "packed", "--max_length", 128, "--save_strategy", "no", "--report_to", "swanlab", "wandb")
+    flags += ("--batching", "packed", "--max_length", 128, "--attn_implementation", "varlen")
+    flags += ("--sequence_parallel_size", 2, "--save_strategy", "no", "--report_to", "swanlab", "wandb")
     flags += ("--answer_scorers", "facts=regex:(P|M)", "--metric_for_best_model", "eval_answers/facts/regex")
     env = {"LAUNCHER": "deepspeed", "DS_CONFIG": "ds_config/zero3.json", "SWANLAB_API_KEY": "", "WANDB_API_KEY": ""}
     result = train_in(tmp_path, *flags, **env, HOME=str(tmp_path))

@@ -15,7 +15,8 @@ pytestmark = pytest.mark.launch
 
 FLAGS = (
     *("--use_peft", "--lora_r", 4, "--load_in_4bit", "--learning_rate", 0.05, "--save_steps", 1),
-    *("--save_total_limit", 2, "--validation_split_percentage", 0),
+    *("--save_total_limit", 2, "--validation_split_percentage", 10),
+    *("--eval_generations", 3, "--eval_max_new_tokens", 5),
 )
 ENV = {"LAUNCHER": "deepspeed", "DS_CONFIG": "ds_config/zero3.json"}
 
@@ -35,6 +36,8 @@ def test_an_adapter_of_zero3_in_4_bits_fits_the_model_and_is_resumed(train_in, t
     assert "LoRA adapter on" in card
     assert f"| trained parameters | {sum(t.numel() for t in saved.values()):,} of " in card
     assert json.loads((out / "run.json").read_text())["adapters"]["lora_r"] == 4
+    answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    assert [answer["step"] for answer in answers] == [1] * 3 + [2] * 3
 
     ids = torch.arange(5, 45)[None]
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
