@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler
 from transformers import Trainer, TrainingArguments
 
+from dft.answers.trainer import AnsweringTrainer
 from dft.batching.leak_check import LeakCheck
 from dft.batching.packing import DOCUMENTS
 from dft.batching.sampler import EpochOrder, FilledRows, RepeatedBatches, SetEpochCallback, token_lengths
@@ -48,7 +49,7 @@ logger = get_logger(__name__)
 TRAINER_DIVIDES_LOSS = not hasattr(Trainer, "loss_is_scaled_for_ga")
 
 
-class DFTTrainer(ShardedTrainer, CheckpointTrainer, ReferenceTrainer, StagedTrainer, FiniteTrainer):
+class DFTTrainer(ShardedTrainer, CheckpointTrainer, ReferenceTrainer, StagedTrainer, AnsweringTrainer, FiniteTrainer):
     """Trainer whose loss weights each supervised token by alpha * p_correct + 1 - alpha, or by another objective.
 
     The loss of a step is sum(w * nll) / N with N counted over the whole global batch, so it doesn't
@@ -70,6 +71,7 @@ class DFTTrainer(ShardedTrainer, CheckpointTrainer, ReferenceTrainer, StagedTrai
         channels: names of the sources that a column `channel` (int, from 0) of the rows numbers; each has metrics.
         row_lengths: tokens of each training row, for train_sampling_strategy group_by_length; by default counted.
         stages: of the training, see StagedTrainer; they decide the order of the rows.
+        answers: what the model is asked at each evaluation, see AnswerPlan.
         made_with: see CheckpointTrainer, which also keeps the best and the newest checkpoint.
         All others are Trainer's own.
 
@@ -91,7 +93,7 @@ class DFTTrainer(ShardedTrainer, CheckpointTrainer, ReferenceTrainer, StagedTrai
         mfu                  share of the devices' peak, see dft.metrics.throughput; where the peak is known
     At its end: train_steps, train_tokens, train_supervised_tokens, and both per second of training alone.
     Evaluation: loss, ce_loss, perplexity, avg_p_correct, acc, mean_weight, the shares, entropy and channels of the
-    whole set, behind the metric prefix.
+    whole set, behind the metric prefix; with answers, their scores, see dft.answers.asking.answer_metrics.
     predict() repeats rows to even out ranks, as Trainer does, and counts them.
 
     Raises:

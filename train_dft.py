@@ -17,8 +17,9 @@ from dft.program import program
 from dist_logger import get_logger, quiet_libraries, setup_logging
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from dft.answers.trainer import AnswerPlan
     from dft.batching.plan import BatchPlan
     from dft.batching.stages import StagePlan
     from dft.data.prepared import PreparedData
@@ -56,7 +57,7 @@ def train(settings: Settings) -> None:
     from dft.tracking.tracker_checks import check_trackers
     from dft.tracking.tracker_start import start_trackers
 
-    model_config, adapters, data_config, loss_config, _, args = settings
+    model_config, adapters, data_config, loss_config, _, _, args = settings
     start_logging(settings)
     end_with_launcher()
     agree_on_settings(settings, args)
@@ -74,6 +75,7 @@ def train(settings: Settings) -> None:
     plan = plan_batches(args, data_config.max_length, config, attention)
     data, stages = load_data(settings, tokenizer, plan)
     check_fit(data, config, tokenizer, is_padded=plan.batching == "padded", grows=model_config.resize_embeddings)
+    answers = load_questions(settings, tokenizer, config, data)
     if data_config.dry_run:
         return
     facts = once_per_node(partial(run_facts, args, loss_config, config, data.train, plan, stages))
@@ -85,7 +87,8 @@ def train(settings: Settings) -> None:
     report_to = start_trackers(args, trackers, about, steps_done) if args.do_train else []
     model = load_model(model_config, adapters, args, config, tokenizer, attention)
     warn_if_too_large(model, settings, int(data.lengths.max(initial=1)))
-    trainer = make_trainer(settings, model, tokenizer, data, plan, stages, report_to=report_to, made_with=made_with)
+    shown = {"answers": answers, "report_to": report_to}
+    trainer = make_trainer(settings, model, tokenizer, data, plan, stages, made_with=made_with, **shown)
     if not args.do_train:
         save_evaluation(trainer)
         return
@@ -108,16 +111,19 @@ def make_trainer(
     plan: "BatchPlan",
     stages: "StagePlan | None",
     *,
+    answers: "AnswerPlan | None",
     report_to: list[str],
     made_with: dict[str, Any],
 ) -> "DFTTrainer":
     """The trainer of a run, with what shows its progress.
 
     Args:
+        answers: what the model is asked at each evaluation.
         report_to: the trackers.
         made_with: see dft.checkpoints.facts.run_facts.
     """
     from dft.config.training import with_values
+    from dft.tracking.answers import show_answers
     from dft.tracking.console import print_lines
     from dft.tracking.curves import Curves
     from dft.tracking.tracker_guard import guard_trackers
@@ -143,10 +149,13 @@ def make_trainer(
         processing_class=tokenizer,
         callbacks=[TrainLog(args.output_dir), Curves(args.output_dir)] if args.do_train else [],
         stages=stages,
+        answers=answers,
         made_with=made_with,
     )
     guard_trackers(trainer)
     print_lines(trainer)
+    if answers is not None:
+        show_answers(trainer)
     return trainer
 
 
@@ -189,6 +198,37 @@ def load_data(
         plan.add_to_report(data.report, data.lengths, data.training_lengths())
         show_data(data, config, tokenizer, args.output_dir)
     return data, stages
+
+
+def load_questions(
+    settings: Settings, tokenizer: "PreTrainedTokenizerBase", config: "PretrainedConfig", data: "PreparedData"
+) -> "AnswerPlan | None":
+    """What the model is asked at each evaluation; None without --eval_generations."""
+    from dft.answers.asking import check_metric
+    from dft.answers.questions import questions_of_data, source_names
+    from dft.answers.report import refusal_lines
+    from dft.answers.trainer import AnswerPlan
+    from dft.chat.format import ChatFormat
+    from dft.config.answers import check_sources
+    from dft.distributed import once_per_node
+    from dft.generation import room_for_prompt
+    from dft.model.fit import check_vocabulary, ids_in
+
+    answers, chat_format = settings.answers, ChatFormat.of(tokenizer, settings.data)
+    if not answers.eval_generations:
+        return None
+    check_sources(answers.scorers, source_names(data))
+    room = room_for_prompt(config, answers.eval_max_new_tokens)
+    of_data = (data, settings.data, chat_format, answers.scorers, answers.eval_generations, room)
+    found = once_per_node(partial(questions_of_data, *of_data))
+    check_metric(settings.training.metric_for_best_model, found.questions)
+    if not settings.model.resize_embeddings:
+        check_vocabulary(config, tokenizer, ids_in([question.prompt for question in found.questions]), is_padded=True)
+    how = ", ".join(f"{source} by {scorer}" for source, scorer in found.groups)
+    logger.info("Answers: %d evaluation rows are asked at each evaluation, %s", len(found.questions), how)
+    for line in refusal_lines(found):
+        logger.warning(line)
+    return AnswerPlan(found.questions, answers.eval_max_new_tokens)
 
 
 def load_stage_plan(settings: Settings, data: "PreparedData", plan: "BatchPlan") -> "StagePlan | None":

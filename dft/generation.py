@@ -9,15 +9,18 @@ Shapes: B prompts of a batch, T tokens of the longest.
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from dft.distributed import gather_in_training
 from dft.errors import UserError
 from dft.model.trained import find_end_tokens
-from dft.reference.scoring import plan_scoring
+from dft.reference.scoring import Batch, plan_scoring
 
 TOKENS_AT_ONCE = 32768  # of prompts and answers, for which the cache holds keys and values
 
@@ -43,37 +46,126 @@ def generate_answers(
         UserError: a prompt and an answer of max_new_tokens are longer than what the model takes.
         ValueError: a prompt is empty.
     """
-    if max_new_tokens < 1 or not all(map(len, prompts)):
-        raise ValueError(f"max_new_tokens {max_new_tokens} must be at least 1, and no prompt may be empty")
-    longest, room = max(map(len, prompts), default=0), longest_prompt(model, max_new_tokens)
-    if longest > room:
-        raise UserError(
-            f"the longest prompt has {longest} tokens; with an answer of {max_new_tokens} the model takes prompts of "
-            f"{room}: leave longer ones out, or allow fewer new tokens"
-        )
     ends = list(find_end_tokens(model, tokenizer) if end_tokens is None else end_tokens)
-    pad = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
-    # greedy search with a cache, which are the defaults
-    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=pad)
+    generator = Generator(model, max_new_tokens, ends, _pad_token(tokenizer, ends))
+    generator.check(prompts)
     answers: list[list[int]] = [[]] * len(prompts)
-    was_training = model.training
-    model.eval()
-    try:
-        lengths = np.array([len(prompt) + max_new_tokens for prompt in prompts])
-        with _without_own_config(model):
-            for batch in plan_scoring(lengths, tokens_at_once):
-                found = _generate(model, [prompts[i] for i in batch], pad, config)
-                for index, ids in zip(batch, found.tolist(), strict=True):
-                    answers[index] = _until_end(ids, ends)
-    finally:
-        model.train(was_training)
+    with _asked(model):
+        for batch in generator.plan(prompts, range(len(prompts)), tokens_at_once):
+            found = generator.generate([prompts[i] for i in batch])
+            for index, answer in zip(batch, found, strict=True):
+                answers[index] = answer
     return answers
+
+
+def share_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    end_tokens: Sequence[int],
+    *,
+    tokens_at_once: int = TOKENS_AT_ONCE,
+    device: torch.device | None = None,
+    in_step: bool = False,
+) -> list[list[int]]:
+    """As generate_answers, on every rank: each generates a share of the answers. All ranks must call it together.
+
+    Args:
+        device: that the model computes on; by default that of its weights.
+        in_step: all ranks make the same number of calls of the model, as sharded weights need it, each of whose calls
+            is a collective.
+    """
+    world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    generator = Generator(model, max_new_tokens, list(end_tokens), _pad_token(tokenizer, end_tokens), device, in_step)
+    generator.check(prompts)
+    order = np.argsort([len(prompt) for prompt in prompts], kind="stable").tolist()
+    # with sharded weights, a rank without a prompt of its own answers one that another rank answers too
+    shares = [order[start::world] or order[:1] for start in range(world)]
+    plans = [generator.plan(prompts, share, tokens_at_once) for share in shares]
+    mine = plans[rank]
+    if in_step and prompts:
+        mine = mine + mine[-1:] * (max(map(len, plans)) - len(mine))
+    found: dict[int, list[int]] = {}
+    with _asked(model):
+        for batch in mine:
+            found.update(zip(batch, generator.generate([prompts[i] for i in batch]), strict=True))
+    of_prompt = {index: answer for part in reversed(gather_in_training(found)) for index, answer in part.items()}
+    return [of_prompt[index] for index in range(len(prompts))]
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A model, and how it is asked.
+
+    Attributes:
+        ends: ids that end an answer.
+        pad: the id that batches are padded with.
+        device, in_step: see share_answers.
+    """
+
+    model: PreTrainedModel
+    max_new_tokens: int
+    ends: list[int]
+    pad: int
+    device: torch.device | None = None
+    in_step: bool = False
+
+    def check(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Raises UserError or ValueError where the prompts can't be asked, see generate_answers."""
+        if self.max_new_tokens < 1 or not all(map(len, prompts)):
+            raise ValueError(f"max_new_tokens {self.max_new_tokens} must be at least 1, and no prompt may be empty")
+        longest, room = max(map(len, prompts), default=0), longest_prompt(self.model, self.max_new_tokens)
+        if longest > room:
+            raise UserError(
+                f"the longest prompt has {longest} tokens; with an answer of {self.max_new_tokens} the model takes "
+                f"prompts of {room}: leave longer ones out, or allow fewer new tokens"
+            )
+
+    def plan(self, prompts: Sequence[Sequence[int]], share: Sequence[int], tokens_at_once: int) -> list[Batch]:
+        """Some of the prompts in batches; `share` holds their indices, and so do the batches."""
+        lengths = np.array([len(prompts[index]) + self.max_new_tokens for index in share])
+        return [[share[place] for place in batch] for batch in plan_scoring(lengths, tokens_at_once)]
+
+    def generate(self, prompts: list[Sequence[int]]) -> list[list[int]]:
+        """The answers to the prompts of a batch."""
+        # greedy search with a cache, which are the defaults
+        config = GenerationConfig(
+            max_new_tokens=self.max_new_tokens, eos_token_id=self.ends or None, pad_token_id=self.pad
+        )
+        device = self.model.device if self.device is None else self.device
+        ids, mask = (tensor.to(device) for tensor in _padded(prompts, self.pad))
+        found = self.model.generate(
+            input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=self.in_step
+        )
+        return [_until_end(answer, self.ends) for answer in found[:, ids.shape[1] :].tolist()]
 
 
 def longest_prompt(model: PreTrainedModel, max_new_tokens: int) -> int:
     """The tokens of the longest prompt that leaves the model positions for an answer of max_new_tokens."""
-    context = model.config.get_text_config().to_dict().get("max_position_embeddings") or sys.maxsize
+    return room_for_prompt(model.config, max_new_tokens)
+
+
+def room_for_prompt(config: PretrainedConfig, max_new_tokens: int) -> int:
+    """As longest_prompt, of a model that isn't loaded."""
+    context = config.get_text_config().to_dict().get("max_position_embeddings") or sys.maxsize
     return context - max_new_tokens
+
+
+def _pad_token(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> int:
+    return next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
+
+
+@contextmanager
+def _asked(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model is in evaluation mode and without its own generation config; afterwards as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        with _without_own_config(model):
+            yield
+    finally:
+        model.train(was_training)
 
 
 @contextmanager
@@ -88,13 +180,6 @@ def _without_own_config(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for holder, config in zip(holders, own, strict=True):
             holder.generation_config = config
-
-
-def _generate(model: PreTrainedModel, prompts: list[Sequence[int]], pad: int, config: GenerationConfig) -> Tensor:
-    """What follows each prompt, int64 [B, at most max_new_tokens]; anything stands behind the first end token."""
-    ids, mask = (tensor.to(model.device) for tensor in _padded(prompts, pad))
-    found = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-    return found[:, ids.shape[1] :]
 
 
 def _padded(prompts: list[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:

@@ -2,9 +2,13 @@
 
     python scripts/evaluate.py outputs/dft --data_files eval.jsonl
     torchrun --nproc-per-node 8 scripts/evaluate.py outputs/dft --data_files data/ --output scores.json
+    python scripts/evaluate.py outputs/dft --data_files eval.jsonl --generate --answers answers.jsonl
 
 The numbers are those of the training's own evaluation on the same rows: what isn't given here is as it was there,
 by the run.json that lies in the model's directory or beside the checkpoint.
+
+--generate also asks the model: it writes the last answer of each row anew, and docs/evaluation.md says how that is
+scored.
 """
 
 from dft.program import program, quiet_imports
@@ -17,21 +21,28 @@ import json
 import math
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from data_utils import prepare_on_each_node
+from dft.answers.asking import record_of
+from dft.answers.questions import Questions, questions_of_data, source_names
+from dft.answers.report import answers_table, refusal_lines, sample_lines
+from dft.answers.trainer import AnswerPlan
 from dft.batching.collators import PaddingCollator
 from dft.chat.format import ChatFormat
+from dft.config.answers import check_sources, parse_scorers
 from dft.config.data import FORMATS, Channels, DataConfig, DataValidation
 from dft.config.loss import LossConfig
 from dft.config.metrics import MetricsConfig
 from dft.config.training import DFTTrainingArguments
 from dft.data.prepared import PreparedData
 from dft.data.tables import aligned
-from dft.distributed import has_accelerator
+from dft.distributed import has_accelerator, once_per_node
 from dft.errors import UserError
 from dft.files import path_argument
+from dft.generation import TOKENS_AT_ONCE, longest_prompt
 from dft.model.fit import check_fit
 from dft.model.trained import DTYPES, TrainedModel, load_trained
 from dft.tracking.run_info import read_run
@@ -44,7 +55,8 @@ COLUMNS = {"CE": "ce_loss", "perplexity": "perplexity", "p_correct": "avg_p_corr
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    check_output(args.output)
+    check_output(args.output, "--output")
+    check_output(args.answers, "--answers")
     setup_logging()
     quiet_libraries(progress_bars=False)
     run = read_run(args.model)
@@ -55,10 +67,25 @@ def main(argv: list[str] | None = None) -> None:
         chat_format = ChatFormat.of(trained.tokenizer, config)
         data = prepare_on_each_node(config, chat_format, seed=training.seed)
         check_fit(data, trained.model.config, trained.tokenizer, is_padded=True, grows=False)
-        metrics = evaluate(training, trained, data, run)
+        questions = find_questions(args, run, trained, data, config) if args.generate else None
+        trainer = make_trainer(args, training, trained, data, questions, run)
+        metrics = evaluate(trainer, has_loss="dft" in run)
     if training.process_index != 0:
         return
     print(table(metrics, data))
+    if questions is not None:
+        print(
+            "",
+            *answers_table(trainer.answers),
+            *refusal_lines(questions),
+            "",
+            *sample_lines(trainer.answers),
+            sep="\n",
+        )
+    if args.answers:
+        records = [record_of(answer, trained.tokenizer) for answer in trainer.answers]
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        args.answers.write_text(text, encoding="utf-8", errors="backslashreplace")
     if args.output:
         args.output.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
 
@@ -82,16 +109,37 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="by default GPUs, if there are any")
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
     parser.add_argument("--output", type=path_argument, help="JSON file to write the numbers to")
+    add_answer_arguments(parser)
     args = parser.parse_args(argv)
+    parse_scorers(args.answer_scorers)
     if args.batch_size < 1 or (args.max_length is not None and args.max_length < 1):
         raise UserError("--batch_size and --max_length must be at least 1")
+    for name in ("max_new_tokens", "generations", "generated_at_once"):
+        if vars(args)[name] is not None and vars(args)[name] < 1:
+            raise UserError(f"--{name} is {vars(args)[name]}; it must be at least 1")
+    for name in ("generations", "answer_scorers", "answers"):
+        if vars(args)[name] is not None and not args.generate:
+            raise UserError(f"--{name} is about the model's answers: add --generate")
     return args
 
 
-def check_output(path: Path | None) -> None:
+def add_answer_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--generate", action="store_true", help="ask the model for the last answer of each row")
+    parser.add_argument("--generations", type=int, help="so many rows, as many of each source; by default all")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="of an answer; by default 256")
+    parser.add_argument("--generated_at_once", type=int, default=TOKENS_AT_ONCE, help="tokens of prompts and answers")
+    parser.add_argument(
+        "--answer_scorers",
+        nargs="+",
+        help="how answers are compared, as SOURCE=SCORER: see docs/evaluation.md; as in the training, else '*=auto'",
+    )
+    parser.add_argument("--answers", type=path_argument, help="JSONL file to write each answer to, with its score")
+
+
+def check_output(path: Path | None, flag: str) -> None:
     """Raises UserError where the file can't be written, before the evaluation is done for nothing."""
     if path is not None and (path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)):
-        raise UserError(f"--output {path} can't be written: give a file in a directory that exists")
+        raise UserError(f"{flag} {path} can't be written: give a file in a directory that exists")
 
 
 def training_arguments(args: argparse.Namespace, precision: dict[str, bool], directory: str) -> DFTTrainingArguments:
@@ -145,29 +193,60 @@ class Evaluation(DFTTrainer):
         pass
 
 
-def evaluate(
-    training: DFTTrainingArguments, trained: TrainedModel, data: PreparedData, run: dict[str, Any]
-) -> dict[str, float]:
-    """The metrics.
+def find_questions(
+    args: argparse.Namespace, run: dict[str, Any], trained: TrainedModel, data: PreparedData, config: DataConfig
+) -> Questions:
+    """What the model is asked, which one process of each node reads from the files."""
+    if args.answer_scorers is None:  # those of the training may be about other sources, too
+        scorers = parse_scorers(run.get("answers", {}).get("answer_scorers"))
+    else:
+        scorers = parse_scorers(args.answer_scorers)
+        check_sources(scorers, source_names(data, of_training=True))
+    room = longest_prompt(trained.model, args.max_new_tokens)
+    chat_format = ChatFormat.of(trained.tokenizer, config)
+    find = partial(questions_of_data, data, config, chat_format, scorers, args.generations, room, of_training=True)
+    return once_per_node(find)
+
+
+def make_trainer(
+    args: argparse.Namespace,
+    training: DFTTrainingArguments,
+    trained: TrainedModel,
+    data: PreparedData,
+    questions: Questions | None,
+    run: dict[str, Any],
+) -> Evaluation:
+    """The trainer that evaluates.
 
     Args:
-        run: see read_run; without the settings of the loss, what depends on them is left out.
+        run: see read_run.
     """
-    has_loss = "dft" in run
-    trainer = Evaluation(
+    plan = None
+    if questions is not None:
+        plan = AnswerPlan(questions.questions, args.max_new_tokens, args.generated_at_once)
+    return Evaluation(
         trained.model,
         training,
-        loss=flags_of_run(LossConfig, run["dft"]) if has_loss else None,
+        loss=flags_of_run(LossConfig, run["dft"]) if "dft" in run else None,
         metrics=MetricsConfig(log_entropy=run.get("logging", {}).get("log_entropy", False)),
         channels=data.channels,
         processing_class=trained.tokenizer,
         data_collator=PaddingCollator(trained.tokenizer),
         eval_dataset=data.train,
+        answers=plan,
     )
+
+
+def evaluate(trainer: Evaluation, *, has_loss: bool) -> dict[str, float]:
+    """The metrics.
+
+    Args:
+        has_loss: whether the settings of the loss are known; what depends on them is left out otherwise.
+    """
     metrics = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
     names = ("ce_loss", "perplexity", "avg_p_correct", "acc", "p_below_0.01", "p_above_0.99", "entropy")
     kept = (*names, "loss", "mean_weight") if has_loss else names
-    return {key: value for key, value in metrics.items() if key in kept or key.startswith("channel/")}
+    return {key: value for key, value in metrics.items() if key in kept or key.startswith(("channel/", "answers/"))}
 
 
 def table(metrics: dict[str, float], data: PreparedData) -> str:

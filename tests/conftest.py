@@ -20,7 +20,7 @@ import pytest
 OUTSIDE = (
     "LAUNCHER|NPROC|MODEL|DATA|TRAIN|EVAL|OUTPUT_DIR|DS_CONFIG|LOG_DIR|LOG_FILE|BACKGROUND|HOSTFILE|NNODES|NODE_RANK"
     "|MASTER_ADDR|MASTER_PORT|RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_SIZE|LOCAL_WORLD_SIZE|TENSORBOARD_LOGGING_DIR"
-    "|(ACCELERATE|WANDB|SWANLAB|TRANSFORMERS|PET)_.*"
+    "|(ACCELERATE|OPENAI|WANDB|SWANLAB|TRANSFORMERS|PET)_.*"
 )
 for name in [name for name in os.environ if re.fullmatch(OUTSIDE, name)]:
     del os.environ[name]
@@ -142,7 +142,7 @@ def make_trainer(tokenizer, tmp_path):
 
     def make(model=None, **settings) -> DFTTrainer:
         names = {*inspect.signature(DFTTrainer.__init__).parameters, *SETTINGS, "compute_loss_func"}
-        names |= {"processing_class", "train_dataset", "made_with", "stages", "optimizers"}
+        names |= {"processing_class", "train_dataset", "made_with", "stages", "answers", "optimizers"}
         own = {name: settings.pop(name) for name in names if name in settings}
         args = TrainingArguments(
             report_to="none",

@@ -26,6 +26,7 @@ OTHERS = [
     "docs/checkpoints.md",
     "docs/dashboards.md",
     "docs/data.md",
+    "docs/evaluation.md",
     "docs/faq.md",
     "docs/flags.md",
     "docs/glossary.md",
@@ -56,7 +57,7 @@ MADE_BY_A_RUN = {  # named in the documents, made when the program runs
     "run.json", "test.jsonl", "manifest.json", "manifest-8.json", "eval_results.json", "generation_config.json",
     "adapter_config.json", "adapter_model.safetensors", "dropped.jsonl", "selection_report.json", "clusters.jsonl",
     "pii.jsonl", "evaluation_rows_found.jsonl", "scores.jsonl", "picks.jsonl", "answers.jsonl",
-    "seed.jsonl", "train.log", "initial.json",
+    "seed.jsonl", "train.log", "initial.json", "gsm8k.jsonl", "tools.jsonl", "mmlu.jsonl",
     "data/numinamath.jsonl", "data/numinamath-boxed.jsonl", "data/gsm8k.jsonl", "data.jsonl",
     "convert_hf_to_gguf.py",  # of llama.cpp
 }  # fmt: skip
@@ -79,7 +80,7 @@ FLAGS_OF_OTHERS = {
     *("--warmup_rows", "--reward_model", "--label", "--alpha", "--num_rows", "--radius", "--embeddings"),
     *("--seed_files", "--seed_embeddings", "--nproc-per-node", "--beta", "--seed_rows", "--augmented_rows"),
     *("--train_flags", "--initial_model", "--work_dir", "--embedding_model", "--max_new_tokens"),
-    *("--generated_at_once",),
+    *("--generated_at_once", "--generate", "--generations", "--answers"),  # of evaluate.py
     *("--repo-type", "--local-dir"),  # of hf
     *("--host", "--chat-template-kwargs"),  # of transformers serve
     *("--served-model-name", "--enable-lora", "--max-lora-rank", "--lora-modules"),  # of vLLM
@@ -255,7 +256,7 @@ def test_constraints_cover_the_requirements():
     pinned = dict(line.lower().split("==") for line in text_of("constraints.txt").splitlines() if "==" in line)
     project = tomllib.loads(text_of("pyproject.toml"))["project"]
     extras = project["optional-dependencies"]
-    assert set(extras) == {"adapters", "dev", "bench", "selection"}
+    assert set(extras) == {"adapters", "dev", "bench", "judge", "selection"}
     requirements = [line.split("#")[0].strip() for line in text_of("requirements.txt").splitlines()]
     for requirement in [*filter(None, requirements), *sum(extras.values(), [])]:
         package = re.split(r"[<>=\[; ]", requirement)[0].lower()

@@ -36,7 +36,8 @@ def wheel(tmp_path_factory) -> Path:
 
 def test_a_wheel_holds_the_package_and_the_four_modules_and_nothing_else(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    package = {str(path.relative_to(ROOT)) for path in (ROOT / "dft").rglob("*.py")} | {"dft/config/flags.json"}
+    package = {str(path.relative_to(ROOT)) for path in (ROOT / "dft").rglob("*.py")}
+    package |= {"dft/config/flags.json", "dft/judging/rubric.yaml"}
     assert names == package | {"train_dft.py", "dft_trainer.py", "data_utils.py", "dist_logger.py"}
 
 

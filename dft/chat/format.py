@@ -220,6 +220,26 @@ class ChatFormat:
             raise RowError("template_error", f"the chat template refuses the prompt: {error}") from error
         if not self._generation_prompt.header:  # the template has none
             text = rendering.text[: rendering.spans[-1][0]]
+        return self._ids_of(text)
+
+    def last_turn(
+        self, messages: list[dict], tools: list | None = None, template_kwargs: dict | None = None
+    ) -> np.ndarray:
+        """The ids of the last turn of a conversation, the assistant's, with its end, int32 [T].
+
+        Raises:
+            RowError: see `render`; or control tokens can't be kept as text.
+        """
+        rendering = self.render(messages, tools, template_kwargs)
+        start, end = rendering.spans[-1]
+        return self._ids_of(rendering.text[start:end])
+
+    def _ids_of(self, text: str) -> np.ndarray:
+        """The ids of a rendered text, int32 [T].
+
+        Raises:
+            RowError: control tokens of the conversation's own text can't be kept as text.
+        """
         (encoded,) = self.encoder.encode([text], [[]])
         if encoded is None:
             raise RowError("control_token_in_text", "this tokenizer can't keep control tokens as plain text")

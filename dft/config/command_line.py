@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 
 from dft.config.adapters import AdapterConfig
+from dft.config.answers import AnswersConfig
 from dft.config.data import DataConfig
 from dft.config.listing import load_listing
 from dft.config.loss import LossConfig
@@ -19,7 +20,13 @@ from dft.config.metrics import MetricsConfig
 from dft.config.model import ModelConfig
 from dft.config.options import did_you_mean
 from dft.config.parser import build_parser, flag_names, known_options
-from dft.config.training_checks import check_evaluation, check_row_fits, check_stages, check_training
+from dft.config.training_checks import (
+    check_answers,
+    check_evaluation,
+    check_row_fits,
+    check_stages,
+    check_training,
+)
 from dft.errors import UserError
 from dft.files import expand_path
 from dft.secrets import without_secrets
@@ -34,7 +41,7 @@ PATHS = (  # flags that hold a path, or several; what begins with { is JSON in i
 )
 
 
-GROUPS = (ModelConfig, AdapterConfig, DataConfig, LossConfig, MetricsConfig)  # before those of Trainer
+GROUPS = (ModelConfig, AdapterConfig, DataConfig, LossConfig, MetricsConfig, AnswersConfig)  # before those of Trainer
 
 
 class Settings(NamedTuple):
@@ -45,6 +52,7 @@ class Settings(NamedTuple):
     data: DataConfig
     loss: LossConfig
     metrics: MetricsConfig
+    answers: AnswersConfig
     training: "DFTTrainingArguments"
 
 
@@ -68,6 +76,7 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     check_training(SimpleNamespace(**training), listing["trackers"], listing["compile_backends"])
     check_row_fits(SimpleNamespace(**training), data)
     check_evaluation(SimpleNamespace(**training), data)
+    check_answers(SimpleNamespace(**training), groups[GROUPS.index(AnswersConfig)], data)
     check_stages(SimpleNamespace(**training), data)
     training = resolve_evaluation(training, data)
 

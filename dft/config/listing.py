@@ -48,6 +48,7 @@ def make_listing() -> dict[str, Any]:
     from transformers import HfArgumentParser
 
     from dft.config.adapters import AdapterConfig
+    from dft.config.answers import AnswersConfig
     from dft.config.data import DataConfig
     from dft.config.loss import LossConfig
     from dft.config.metrics import MetricsConfig
@@ -55,7 +56,8 @@ def make_listing() -> dict[str, Any]:
     from dft.config.training import COMPILE_BACKENDS, TRACKERS, DFTTrainingArguments
 
     groups = {}
-    for cls in (ModelConfig, AdapterConfig, DataConfig, LossConfig, MetricsConfig, DFTTrainingArguments):
+    of_run = (ModelConfig, AdapterConfig, DataConfig, LossConfig, MetricsConfig, AnswersConfig)
+    for cls in (*of_run, DFTTrainingArguments):
         parser = HfArgumentParser(cls, add_help=False)
         groups[cls._argument_group_name] = [_entry(action) for action in parser._actions]
     listing = {

@@ -12,12 +12,12 @@
 import re
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from dft.config.options import did_you_mean
+from dft.config.yaml_nodes import mapping_of, read_yaml, text_of
 from dft.errors import UserError
 from dft.printable import printable
 
@@ -58,14 +58,7 @@ def load_stages(path: str) -> tuple[Stage, ...]:
         UserError: the file can't be read, or a value is missing, unknown or outside its range.
     """
     shown = printable(path)
-    try:
-        node = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except RecursionError as error:
-        raise UserError(
-            f"--stages {shown} can't be read: it is nested too deeply; stages have three levels"
-        ) from error
-    except (OSError, ValueError, OverflowError, yaml.YAMLError) as error:  # the path, or an escape, may be no text
-        raise UserError(f"--stages {shown} can't be read: {printable(str(error), lines=True)}") from error
+    node = read_yaml(path, "--stages", "stages have three levels")
     if not isinstance(node, yaml.SequenceNode) or not node.value:
         raise UserError(f"--stages {shown} holds no stages; it must be a YAML list, each with {', '.join(KEYS[:3])}")
     stages = tuple(_stage(item, shown) for item in node.value)
@@ -95,14 +88,14 @@ def _stage(node: yaml.Node, path: str) -> Stage:
     place = f"{path}:{node.start_mark.line + 1}"
     if not isinstance(node, yaml.MappingNode):
         raise UserError(f"{place}: a stage must be a mapping with {', '.join(KEYS)}")
-    values = _mapping(node, path)
+    values = mapping_of(node, path)
     for key, value in values.items():
         if key not in KEYS:
             where = f"{path}:{value.start_mark.line + 1}"
             raise UserError(
                 f"{where}: unknown key {printable(key)}{did_you_mean(key, KEYS)}; known: {', '.join(KEYS)}"
             )
-    name = _text(values["name"]) if "name" in values else ""
+    name = text_of(values["name"]) if "name" in values else ""
     if not 0 < len(name) <= MAX_NAME or not name.isprintable():
         raise UserError(f"{place}: a stage needs a name of 1 to {MAX_NAME} printable characters")
     sources, has_shares = _sources(values.get("sources"), place, path)
@@ -130,7 +123,7 @@ def _sources(node: yaml.Node | None, place: str, path: str) -> tuple[dict[str, f
         return {EVERYTHING: 1.0}, False
     if not isinstance(node, yaml.MappingNode) or not node.value:
         raise UserError(f"{place}: sources must be a mapping of sources to numbers, such as {{facts_en: 1}}")
-    mapping = _mapping(node, path)
+    mapping = mapping_of(node, path)
     if "" in mapping:
         where = f"{path}:{mapping[''].start_mark.line + 1}"
         raise UserError(f"{where}: a source has no name; name a file, a directory or a channel, or *, all rows")
@@ -159,15 +152,15 @@ def _positive(values: dict[str, yaml.Node], key: str, path: str, percent: bool =
     where = f"{path}:{values[key].start_mark.line + 1}"
     if is_percent != percent:
         rule = "a share of the training, such as 30%" if percent else "a plain number"
-        raise UserError(f"{where}: {key} is {_text(values[key])}; it must be {rule}")
+        raise UserError(f"{where}: {key} is {text_of(values[key])}; it must be {rule}")
     if value <= 0:
-        raise UserError(f"{where}: {key} is {_text(values[key])}; it must be above 0")
+        raise UserError(f"{where}: {key} is {text_of(values[key])}; it must be above 0")
     return value
 
 
 def _number(node: yaml.Node, key: str, path: str) -> tuple[Fraction, bool]:
     """A number such as 2, 0.5, 1/8 or 30%, and whether it was in percent."""
-    text = _text(node).replace(" ", "")
+    text = text_of(node).replace(" ", "")
     digits = text.removesuffix("%")
     try:
         if not NUMBER.fullmatch(digits):
@@ -184,29 +177,6 @@ def _number(node: yaml.Node, key: str, path: str) -> tuple[Fraction, bool]:
 def _fraction(digits: str) -> Fraction:
     above, _, below = digits.partition("/")
     return Fraction(above) / Fraction(below or "1")
-
-
-def _mapping(node: yaml.MappingNode, path: str) -> dict[str, yaml.Node]:
-    """The values of a mapping by key.
-
-    Raises:
-        UserError: a key is a list or a mapping, or is given twice.
-    """
-    found: dict[str, yaml.Node] = {}
-    for key, value in node.value:
-        where = f"{path}:{key.start_mark.line + 1}"
-        if not isinstance(key, yaml.ScalarNode):
-            raise UserError(f"{where}: a list or a mapping stands where a name must be; give each a line of its own")
-        name = _text(key)
-        if name in found:
-            raise UserError(f"{where}: {name} is given twice")
-        found[name] = value
-    return found
-
-
-def _text(node: yaml.Node) -> str:
-    """The text of a scalar, with control characters escaped; "" for a list or a mapping."""
-    return printable(node.value.strip()) if isinstance(node, yaml.ScalarNode) else ""
 
 
 def _as_float(value: Any) -> float | None:

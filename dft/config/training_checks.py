@@ -5,6 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from dft.config.answers import AnswersConfig
 from dft.config.data import DataConfig
 from dft.config.fsdp import fsdp_config
 from dft.config.options import did_you_mean
@@ -12,7 +13,8 @@ from dft.config.stages import load_stages
 from dft.constants import PADDED_TO
 from dft.errors import UserError
 
-EVALUATION_METRICS = ("acc", "ce_loss", "perplexity", "avg_p_correct", "loss")
+EVALUATION_METRICS = ("acc", "ce_loss", "perplexity", "avg_p_correct", "loss", "answers/score")
+OF_ANSWERS = "answers/"  # metrics of sources begin with it, too, which are known when the data is
 DEFAULT_ROWS = 8  # of a micro-batch, on each device
 DEFAULT_EPOCHS = 3  # transformers', which nobody has asked for
 
@@ -153,6 +155,18 @@ def check_evaluation(args: Any, data: DataConfig) -> None:
         )
 
 
+def check_answers(args: Any, answers: AnswersConfig, data: DataConfig) -> None:
+    """Raises UserError where the model is to be asked without rows to ask, or its score is used and it isn't asked."""
+    if answers.eval_generations and not data.has_evaluation:
+        raise UserError(
+            f"--eval_generations {answers.eval_generations} needs evaluation data: give --eval_data_files, or a "
+            "--validation_split_percentage above 0"
+        )
+    metric = args.metric_for_best_model
+    if metric is not None and metric.removeprefix("eval_").startswith(OF_ANSWERS) and not answers.eval_generations:
+        raise UserError(f"--metric_for_best_model {metric} is about the model's answers: give --eval_generations")
+
+
 def _check_trackers(args: Any, trackers: Collection[str]) -> None:
     names = tracker_names(args.report_to)
     for name in [] if names in (["all"], ["none"]) else names:
@@ -225,7 +239,8 @@ def _check_checkpoints(args: Any) -> None:
     if args.eval_strategy not in (None, "no", "steps", "epoch"):
         raise UserError(f"--eval_strategy is {args.eval_strategy}; it must be one of no, steps, epoch")
     metric = args.metric_for_best_model
-    if metric is not None and metric.removeprefix("eval_") not in EVALUATION_METRICS:
+    name = (metric or "acc").removeprefix("eval_")
+    if name not in EVALUATION_METRICS and not name.startswith(OF_ANSWERS):
         known = ", ".join(f"eval_{name}" for name in EVALUATION_METRICS)
         raise UserError(f"--metric_for_best_model is {metric}; it must be one of {known}")
     if args.save_total_limit is not None and args.save_total_limit < 1:

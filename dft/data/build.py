@@ -70,6 +70,7 @@ def build(
         evaluation=evaluation,
         file_index=file,
         line=np.concatenate([entry.line for entry in statistics]),
+        ordinal=rows.ordinal[written],
         length=length,
         channel=channel.astype(np.int32),
         channel_names=channel_names.astype(str),

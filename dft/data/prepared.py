@@ -12,6 +12,14 @@ from dft.data.channels import Channels, choose_channels
 from dft.data.report import SampleRow
 
 
+@dataclass(frozen=True)
+class RowPlaces:
+    """Where rows stand: [R] each."""
+
+    file: np.ndarray  # int32, index into report["files"]
+    ordinal: np.ndarray  # int64, place among all rows of the file, from 0
+
+
 @dataclass
 class PreparedData:
     """The tokenized rows to train and to evaluate on, and the report on all others.
@@ -32,6 +40,8 @@ class PreparedData:
     directory: Path  # rejected.jsonl is there
     channels: list[str]  # names of the sources that have metrics of their own; empty for none
     field_names: list[str]  # what the rows' fields `channel` hold, "" for rows without
+    train_places: RowPlaces
+    evaluation_places: RowPlaces
 
     def source_of(self, index: int) -> str:
         """The file and line of a training row."""
@@ -65,8 +75,8 @@ def load_prepared(directory: Path, channels: Channels = "auto") -> PreparedData:
     tokens = Dataset.from_file(str(directory / "tokens.arrow"))
     report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
     with np.load(directory / "rows.npz") as arrays:
-        names = ("train", "evaluation", "file_index", "line", "length", "channel", "channel_names")
-        train, evaluation, file, line, length, of_field, field_names = (arrays[name] for name in names)
+        names = ("train", "evaluation", "file_index", "line", "ordinal", "length", "channel", "channel_names")
+        train, evaluation, file, line, ordinal, length, of_field, field_names = (arrays[name] for name in names)
     _, first = np.unique(file[train], return_index=True)
     samples = [
         SampleRow(
@@ -94,4 +104,6 @@ def load_prepared(directory: Path, channels: Channels = "auto") -> PreparedData:
         directory=directory,
         channels=channel_names,
         field_names=field_names.tolist(),
+        train_places=RowPlaces(file[train], ordinal[train]),
+        evaluation_places=RowPlaces(file[evaluation], ordinal[evaluation]),
     )

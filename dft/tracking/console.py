@@ -28,6 +28,7 @@ EVALUATION_FIELDS = {  # key of an evaluation record without its prefix: (name, 
     "perplexity": ("perplexity", ".3f"),
     "avg_p_correct": ("p", ".4f"),
     "acc": ("acc", ".4f"),
+    "answers/score": ("answers", ".4f"),
     "runtime": ("seconds", ".1f"),
 }
 
@@ -125,6 +126,7 @@ def _result_lines(trainer: Trainer) -> list[str]:
         ("training p_correct", "train/avg_p_correct"),
         ("evaluation cross-entropy", "eval_ce_loss"),
         ("evaluation accuracy", "eval_acc"),
+        ("right answers", "eval_answers/score"),
     ):
         steps, values = series(state.log_history, key)
         if steps:

@@ -4,7 +4,6 @@ import json
 import logging
 import re
 from enum import Enum
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,20 @@ from dft.config.adapters import AdapterConfig
 from dft.config.loss import LossConfig
 from dft.data.names import file_labels
 from dft.printable import printable
+from dft.tracking.answers import answers_of_step, answers_section
 from dft.tracking.curves import final_weights_are_best, series
+from dft.tracking.markdown import as_code, as_text, markdown_table
 
 CARD_FILE = "README.md"  # as the Hub shows it
 logger = logging.getLogger(__name__)
 
-EVALUATION_LIMIT = (
+BY_TOKENS = (
     "Evaluation, if there was any, is of chat rows, token by token. It says nothing about how well answers serve a "
     "purpose, nor about safety, bias or facts; none of that was measured."
+)
+BY_ANSWERS = (
+    "Evaluation is of chat rows, token by token, and of the answers above, by fixed rules. It says little about how "
+    "well answers serve a purpose, and nothing about safety and bias; none of that was measured."
 )
 MARK = "<!-- Written by train_dft.py; it replaces this file as long as this line is in it. -->"
 NOT_SHOWN = ("use_simple_dft", "reference_cache_dir")  # of the loss: said by dft_alpha; of one machine
@@ -53,13 +58,14 @@ def model_card(about: dict[str, Any], report: dict[str, Any], args: TrainingArgu
     quoted = json.dumps(printable(name), ensure_ascii=False)
     loss, adapters = LossConfig(**about["dft"]), AdapterConfig(**about["adapters"])
     best_step = state.best_global_step if final_weights_are_best(args, state) else None
+    answers = answers_of_step(args.output_dir, state.global_step if best_step is None else best_step)
     return f"""\
 {_front_matter(base, loss, adapters)}
 {MARK}
 
-# {_text(name)}
+# {as_text(name)}
 
-{"LoRA adapter on " if adapters.has_adapters else ""}`{_code(base)}`, fine-tuned with {_objective(loss)}
+{"LoRA adapter on " if adapters.has_adapters else ""}`{as_code(base)}`, fine-tuned with {_objective(loss)}
 
 ## Data
 
@@ -69,17 +75,17 @@ def model_card(about: dict[str, Any], report: dict[str, Any], args: TrainingArgu
 {_stages_table(report)}
 ## Training
 
-{_table(("setting", "value"), _settings(about, args))}
+{markdown_table(("setting", "value"), _settings(about, args))}
 
 ## Results
 
 {_results(state.log_history, best_step)}
 
 Cross-entropy in nats per supervised token. {_weights(args, best_step)}
-
+{answers_section(answers)}
 ## Limits
 
-- {EVALUATION_LIMIT}
+- {BY_ANSWERS if answers else BY_TOKENS}
 - {_weight_limit(loss)}
 - What the base model and the data are licensed for holds for this model too.
 
@@ -133,27 +139,6 @@ def _name(model: str) -> str:
     return Path(model).resolve().name if Path(model).exists() else model
 
 
-def _table(header: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
-    """A Markdown table."""
-    rows = [header, ("---", *["---:"] * (len(header) - 1)), *lines]
-    return "\n".join(f"| {' | '.join(_cell(cell) for cell in row)} |" for row in rows)
-
-
-def _cell(text: str) -> str:
-    """Text that can't break a Markdown table: without pipes and line breaks."""
-    return _text(text).replace("|", "¦")
-
-
-def _text(text: str) -> str:
-    """Text that is neither Markdown nor HTML, whatever is in it."""
-    return re.sub(r"([\\`*\[\]~])", r"\\\1", escape(printable(text), quote=False))
-
-
-def _code(text: str) -> str:
-    """Text for between two backticks."""
-    return printable(text).replace("`", "'")
-
-
 def _data_table(report: dict[str, Any]) -> str:
     """Rows and tokens of each data file."""
     names = file_labels([entry["path"] for entry in report["files"]])
@@ -167,7 +152,7 @@ def _data_table(report: dict[str, Any]) -> str:
         )
         for name, entry in zip(names, report["files"], strict=True)
     ]
-    return _table(("file", "rows read", "rows used", "tokens", "supervised tokens"), lines)
+    return markdown_table(("file", "rows read", "rows used", "tokens", "supervised tokens"), lines)
 
 
 def _stages_table(report: dict[str, Any]) -> str:
@@ -182,13 +167,13 @@ def _stages_table(report: dict[str, Any]) -> str:
         for stage in report.get("stages", [])
     ]
     header = ("stage", "steps", "rows", "sources, and how often each row was seen")
-    return f"\n{_table(header, lines)}\n" if lines else ""
+    return f"\n{markdown_table(header, lines)}\n" if lines else ""
 
 
 def _held_out(about: dict[str, Any], *, in_stages: bool) -> str:
     """A sentence about the training and evaluation rows."""
     rows = about["num_rows"]
-    files = ", ".join(map(_text, file_labels(list(dict.fromkeys(about["data"]["eval_data_files"] or ())))))
+    files = ", ".join(map(as_text, file_labels(list(dict.fromkeys(about["data"]["eval_data_files"] or ())))))
     source = f"from {files}" if files else "held out"
     when = "in stages" if in_stages else "in an epoch"
     return f"{rows['training']:,} rows were trained on {when}, {rows['evaluation']:,} evaluated on, {source}."
@@ -235,7 +220,7 @@ def _results(history: list[dict[str, Any]], best_step: int | None) -> str:
             step_of = {"first": steps[0], "these weights": best_step, "last": steps[-1]}
             text_of = {step: f"{value:.4f} (step {step})" for step, value in zip(steps, values, strict=True)}
             lines.append((name, *(text_of.get(step_of[column], "") for column in columns)))
-    return _table(("", *columns), lines)
+    return markdown_table(("", *columns), lines)
 
 
 def _weights(args: TrainingArguments, best_step: int | None) -> str:

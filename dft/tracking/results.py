@@ -49,8 +49,8 @@ def _evaluation_of_final_weights(trainer: Trainer) -> dict[str, float]:
 
 
 def _save_metrics(trainer: Trainer, split: str, metrics: dict[str, float]) -> None:
-    """Writes metrics to a file, and prints all but those of each channel, which may be very many."""
-    trainer.log_metrics(split, {key: value for key, value in metrics.items() if "channel/" not in key})
+    """Writes metrics to a file, and prints all but those of each source, which may be very many."""
+    trainer.log_metrics(split, {key: value for key, value in metrics.items() if key.count("/") < 2})
     trainer.save_metrics(split, metrics)
 
 

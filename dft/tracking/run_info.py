@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def describe_run(settings: "Settings", data: "PreparedData") -> dict[str, Any]:
     """Collects a run's metadata, see about_run; rank 0 writes it to run.json in the output directory."""
     groups = {"model": settings.model, "adapters": settings.adapters, "data": settings.data}
-    groups |= {"dft": settings.loss, "logging": settings.metrics}
+    groups |= {"dft": settings.loss, "logging": settings.metrics, "answers": settings.answers}
     num_rows = {"training": len(data.train), "evaluation": data.num_evaluation}
     about = about_run(
         {name: asdict(group) for name, group in groups.items()}, settings.training, data.report, num_rows
@@ -39,7 +39,7 @@ def about_run(
     """Collects a run's metadata: settings by group, numbers of rows, package versions, commit, command line.
 
     Args:
-        settings: the groups model, adapters, data, dft and logging, as dictionaries.
+        settings: the groups model, adapters, data, dft, logging and answers, as dictionaries.
         args: of which only precision and world size are taken; training_args.json has the others.
         report: see dft.data.report.make_report.
         num_rows: rows that are trained on and evaluated on.

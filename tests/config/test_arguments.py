@@ -24,7 +24,7 @@ from tests.helpers import run
 
 
 def test_defaults_of_the_original():
-    model, _, data, dft, logging, training = parse()
+    model, _, data, dft, logging, _, training = parse()
     assert (dft.dft_alpha, data.max_length, data.validation_split_percentage) == (1.0, 8192, 5.0)
     assert (data.max_eval_samples, data.preprocessing_num_workers) == (1000, 8)
     assert (model.torch_dtype, model.attn_implementation, model.trust_remote_code) == ("bfloat16", "auto", False)
@@ -34,7 +34,7 @@ def test_defaults_of_the_original():
 
 
 def test_old_and_other_spellings():
-    model, _, data, _, _, training = parse(
+    model, _, data, _, _, _, training = parse(
         *("--train_data_path", "a.jsonl", "--eval_data_path", "b.jsonl", "c.jsonl", "--model_max_length", 99),
         *("--dtype", "float32", "--evaluation_strategy", "steps", "--gradient_checkpointing", "false"),
         *("--warmup_ratio", 0.05, "--logging_dir", "logs", "--save_safetensors", "True", "--save_only_model", 1),
@@ -105,7 +105,7 @@ def test_config_file_and_command_line(tmp_path):
         "bf16: true\nrun_name: null\nenable_gradient_checkpointing: false\n"
         "lr_scheduler_kwargs: {num_cycles: 2}\n"
     )
-    _, _, data, dft, _, training = parse_args(["--config", str(config), "--dft_alpha", "0.9"])
+    _, _, data, dft, _, _, training = parse_args(["--config", str(config), "--dft_alpha", "0.9"])
     assert data.data_files == ["a.jsonl", "b.jsonl"]
     assert dft.dft_alpha == 0.9
     assert (training.learning_rate, training.bf16, training.activation_checkpointing) == (2e-6, True, False)

@@ -34,6 +34,7 @@ def data_flags(tmp_path_factory) -> list:
     return [
         *("--data_files", directory / "sharegpt.jsonl.gz", directory / "alpaca.json", f"{directory}/prompts.jsonl#5"),
         *("--data_weights", 2, 1, 1, "--dedup", "True", "--data_cache_dir", directory / "cache"),
+        *("--eval_generations", 3, "--eval_max_new_tokens", 5),
     ]
 
 
@@ -89,6 +90,16 @@ def test_a_second_run_trains_on_the_same_rows_from_the_cache(runs):
     assert len(losses) == 2
     assert again == pytest.approx(losses, rel=1e-5)
     assert losses[0] != pytest.approx(losses[1], rel=1e-4)  # other rows have another loss
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate", "python"])
+def test_evaluations_ask_the_model(runs, launcher):
+    """Under DDP, FSDP2 and in one process. One row is held out, so that a process has no prompt of its own."""
+    out = runs[launcher].directory / "out"
+    (answer,) = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    assert (answer["step"], answer["scorer"]) == (2, "last_number")
+    record = next(record for record in read_log(out) if "eval_answers/score" in record)
+    assert record["eval_answers/mean_tokens"] == answer["tokens"] <= 5
 
 
 def test_trackers_without_keys_write_to_disk(runs):

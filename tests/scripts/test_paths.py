@@ -16,7 +16,9 @@ def test_home_and_variables_are_replaced(tmp_path, monkeypatch):
         path_argument("$NO_SUCH/a")
 
 
-@pytest.mark.parametrize("name", ["chat", "evaluate", "export", "plot_runs", "prepare_pairs", "reshape_checkpoint"])
+@pytest.mark.parametrize(
+    "name", ["chat", "evaluate", "export", "judge", "plot_runs", "prepare_pairs", "reshape_checkpoint"]
+)
 def test_every_script_reads_its_paths_so(name):
     text = (ROOT / "scripts" / f"{name}.py").read_text()
     assert "type=path_argument" in text

@@ -1,0 +1,1 @@
+"""Answers to held-out prompts: asked, compared with their references, counted and shown."""
