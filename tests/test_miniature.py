@@ -1,5 +1,6 @@
 """The study in miniature: its problems are what they say, its statistics too, and a stopped study goes on."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -7,9 +8,9 @@ import pytest
 import torch
 
 from benchmarks.miniature import report, study, tasks, training
+from benchmarks.miniature.study import QUICK
 from benchmarks.miniature.tasks import END, IDS, PAD, Problem
-
-TINY = replace(study.QUICK, base_rows=64, base_steps=2, rows=64, steps=2, problems=20, rates=(1e-4, 1e-3))
+from tests.helpers import run
 
 
 def read(problem: Problem) -> tuple[int, int, int]:
@@ -55,7 +56,7 @@ def test_a_new_format_is_asked_for_as_it_was_trained():
 
 def test_an_answer_is_right_as_greedy_search_finds_it(tmp_path):
     """The exam scores all tokens at once; generation puts one after the other."""
-    study.make_base(replace(TINY, base_rows=2000, base_steps=60), tmp_path, "knows", 0)
+    study.make_base(replace(QUICK, base_rows=2000, base_steps=60), tmp_path, "knows", 0)
     model = study.Qwen3ForCausalLM.from_pretrained(study.base_path(tmp_path, "knows", 0)).eval()
     problems = [tasks.OLD_FACTS(np.random.default_rng(i), "test", 0) for i in range(40)]
     said = [Problem(problem.prompt, generated(model, problem.prompt)) for problem in problems]
@@ -86,38 +87,49 @@ def test_calibration_error_by_hand():
 def test_the_interval_of_a_paired_difference():
     ours, theirs = {0: 0.9, 1: 0.8, 2: 0.7}, {2: 0.5, 1: 0.7, 0: 0.6}
     mean, half = report.paired_difference(ours, theirs)  # differences 0.3, 0.1, 0.2
-    assert (mean, half) == pytest.approx((0.2, 4.303 * 0.1 / 3**0.5))
+    assert (mean, half) == pytest.approx((0.2, 4.30265 * 0.1 / 3**0.5))
 
 
-def test_the_best_rate_is_that_of_target_and_kept_together():
-    def record(rate: float, seed: int, target: float, kept: float, split: str = "validation") -> dict:
-        job = study.Job("knows", "clean", "sft", rate, seed, split)
-        return vars(job) | {"target": target, "kept": kept}
+def test_the_best_rate_has_the_best_target_and_then_keeps_most():
+    def records(*runs: tuple[float, int, float, float]) -> list[dict]:
+        jobs = [study.Job("knows", "clean", "sft", rate, seed, "validation") for rate, seed, _, _ in runs]
+        return [vars(job) | {"target": run[2], "kept": run[3]} for job, run in zip(jobs, runs, strict=True)]
 
-    records = [record(1e-4, 100, 0.5, 0.9), record(1e-4, 101, 0.5, 0.9), record(1e-3, 100, 1.0, 0.1)]
-    records += [record(1e-3, 101, 1.0, 0.9), record(1e-3, 0, 1.0, 1.0, split="test")]
-    assert study.best_rates(TINY, records) == {("knows", "clean", "sft"): 1e-3}
-    records[3] = record(1e-3, 101, 1.0, 0.6)  # 2.7 against 2.8
-    assert study.best_rates(TINY, records) == {("knows", "clean", "sft"): 1e-4}
+    def best(*runs: tuple[float, int, float, float]) -> float:
+        size = replace(QUICK, tuning_seeds=(100, 101))
+        other_seed = records((1e-4, 0, 1.0, 1.0))[0]
+        return study.best_rates(size, [*records(*runs), other_seed])["knows", "clean", "sft"]
+
+    assert best((1e-4, 100, 0.5, 0.9), (1e-3, 100, 0.6, 0.1)) == 1e-3  # though it keeps less
+    assert best((1e-4, 100, 0.595, 0.9), (1e-3, 100, 0.6, 0.1)) == 1e-4  # as good, and keeps more
+    tie = ((1e-4, 100, 0.2, 0.5), (1e-4, 101, 0.9, 0.5), (1e-3, 100, 0.6, 0.5), (1e-3, 101, 0.6, 0.5))
+    assert best(*tie) == 1e-3  # means of seeds: 0.55 and 0.6
 
 
 @pytest.mark.launch
-def test_a_study_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
-    records = study.run_study(TINY, tmp_path, workers=2)
+def test_a_study_goes_on_where_it_was_stopped(tmp_path):
+    """The quick form as one starts it, and again after two of its runs were lost."""
+    command = ["bash", "benchmarks/miniature/run.sh", "--quick", "--directory", tmp_path]
+    first = run(command)
+    assert first.returncode == 0, first.stderr[-3000:]
     lines = (tmp_path / "runs.jsonl").read_text().splitlines()
-    jobs = len(study.objectives_of(TINY, TINY.cells[0])) * (len(TINY.rates) + len(TINY.seeds))
-    assert len(records) == len(lines) == jobs + len(TINY.seeds)
+    objectives = study.objectives_of(QUICK, QUICK.cells[0])
+    jobs = len(objectives) * (len(QUICK.rates) * len(QUICK.tuning_seeds) + len(QUICK.seeds)) + len(QUICK.seeds)
+    assert len(lines) == jobs
+
     (tmp_path / "runs.jsonl").write_text("\n".join(lines[:-2]) + "\n")
-    again = study.run_study(TINY, tmp_path, workers=1)
-    assert (tmp_path / "runs.jsonl").read_text().splitlines()[:-2] == lines[:-2]
+    second = run(command)
+    again = (tmp_path / "runs.jsonl").read_text().splitlines()
+    assert again[:-2] == lines[:-2]
+    assert sorted(map(without_time, again)) == sorted(map(without_time, lines))  # the two that ran again too
 
-    def without_time(records: list[dict]) -> list[tuple]:
-        return sorted(tuple(str(v) for k, v in record.items() if k != "seconds") for record in records)
+    tables = [done.stdout[done.stdout.index("### Prior") :] for done in (first, second)]
+    assert tables[0] == tables[1]
+    assert all(f"| {name}" in tables[0] for name in ("base", *objectives))
+    gains = json.loads(first.stdout.splitlines()[-1])["dft_1_minus_sft_target"]
+    assert list(gains) == ["knows, wrong 30%"]
+    assert len(list(tmp_path.glob("evidence_*.png"))) == 4
 
-    assert without_time(again) == without_time(records)  # the two that were run again too
 
-    summary = report.summarize(TINY, again)
-    text = report.tables(TINY, summary)
-    assert all(f"| {name}" in text for name in study.objectives_of(TINY, TINY.cells[0]))
-    report.figures(TINY, again, summary, tmp_path / "figures")
-    assert len(list((tmp_path / "figures").glob("evidence_*.png"))) == 4
+def without_time(line: str) -> str:
+    return json.dumps(json.loads(line) | {"seconds": None})

@@ -1,7 +1,7 @@
 """What DFT and its relatives do to a small language model: the whole study.
 
     bash benchmarks/miniature/run.sh            # under 90 minutes on 2 cores; goes on where it was stopped
-    bash benchmarks/miniature/run.sh --quick    # one cell and two seeds in 5 minutes, writes nothing that is kept
+    bash benchmarks/miniature/run.sh --quick    # one cell, two seeds and little training in a minute, keeps nothing
 
 Small models in characters learn additions, subtractions, reversals and a table of facts; how many additions is the
 strength of their prior. They are then fine-tuned on one kind of data by every objective, at the learning rate that is
@@ -24,9 +24,10 @@ Means of {seeds} seeds, each with a base model of its own. target: right answers
 subtraction, reversal and facts; longer: additions of three digits; wording: the target in the other wording; ends: the
 right answer is followed by the end token. All in %, by greedy search on problems that no training has seen; facts are
 those that were learned. CE: of the target's tokens, right answers; ECE: expected calibration error of its tokens.
-rate: of 4 learning rates the one with the best mean of target and kept on validation problems with other seeds; * is
-the lowest or highest of them. "− SFT": percentage points, paired by seed, with a 95% interval by Student's t; bold
-where it leaves out 0. With so many comparisons, about one in twenty is bold by chance."""
+rate: of 4 learning rates, on validation problems and with two other seeds, those whose target is within a point of the
+best, and of these the one that keeps most; * is the lowest or highest of the four. "− SFT": percentage points, paired
+by seed, with a 95% interval by Student's t; bold where it leaves out 0. With so many comparisons, about one in twenty
+is bold by chance."""
 
 
 def main() -> None:

@@ -8,11 +8,20 @@ import numpy as np
 
 from benchmarks.measuring import markdown_table
 from benchmarks.miniature.study import ALPHAS, Size, best_rates, objectives_of
+from dft.judging.intervals import t_quantile
 
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, 1 to 9 degrees of freedom
 METRICS = ("target", "wording", "longer", "kept", "ends", "ce", "calibration_error")
-COLORS = {"sft": "0.4", "dft 0.3": "#a6c8e8", "dft 0.5": "#6ba3d6", "dft 0.7": "#2f7abf", "dft 1": "#0b3c73"}
-COLORS_OF_RATES = {name: COLORS[name] for name in ("sft", "dft 0.5", "dft 1")}
+BLUES = ("#b3d0ec", "#6ba3d6", "#2f7abf", "#0b3c73")
+STYLES = {  # color and marker of every objective
+    "base": ("tab:green", "*"),
+    "sft": ("0.4", "s"),
+    **{name: (color, "o") for name, color in zip(ALPHAS[1:], BLUES, strict=True)},
+    **{name: (color, "v") for name, color in (("gamma 0.5", "gold"), ("gamma 2", "darkorange"))},
+    **{name: (color, "D") for name, color in (("floor 0.1", "tab:red"), ("warm-up 0.5", "lightcoral"))},
+    **{name: (color, "^") for name, color in (("eaft", "tab:purple"), ("deft", "orchid"), ("threshold", "tab:brown"))},
+    **{name: (color, "P") for name, color in (("anchored", "tab:cyan"), ("prior", "tab:olive"))},
+}
+COLORS_OF_RATES = {name: STYLES[name][0] for name in ("sft", "dft 0.5", "dft 1")}
 BASE = "base"
 
 Cell = tuple[str, str]
@@ -24,7 +33,7 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
     if len(values) < 2:
         return float(np.mean(values)), float("nan")
     error = float(np.std(values, ddof=1)) / len(values) ** 0.5
-    return float(np.mean(values)), T_975[len(values) - 2] * error
+    return float(np.mean(values)), t_quantile(len(values) - 1) * error
 
 
 def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> tuple[float, float]:
@@ -32,18 +41,29 @@ def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> tuple
     return mean_and_interval([ours[seed] - theirs[seed] for seed in sorted(ours)])
 
 
-def by_seed(records: list[Record], cell: Cell, objective: str, metric: str) -> dict[int, float]:
+def final_runs(size: Size, records: list[Record]) -> list[Record]:
+    """The runs with test problems, of base models and at the best rates; a study that went on may have others."""
+    rates = best_rates(size, records)
+    return [
+        record
+        for record in records
+        if record["split"] == "test"
+        and rates.get((record["prior"], record["data"], record["objective"]), 0.0) == record["rate"]
+    ]
+
+
+def by_seed(finals: list[Record], cell: Cell, objective: str, metric: str) -> dict[int, Any]:
     """A metric of the final runs of an objective, {seed: value}."""
     return {
         record["seed"]: record[metric]
-        for record in records
-        if (record["prior"], record["data"]) == cell and record["objective"] == objective and record["split"] == "test"
+        for record in finals
+        if (record["prior"], record["data"]) == cell and record["objective"] == objective
     }
 
 
 def summarize(size: Size, records: list[Record]) -> list[dict[str, Any]]:
     """Of every cell and objective the learning rate, means of all metrics, and differences to SFT in two of them."""
-    rates = best_rates(size, records)
+    rates, records = best_rates(size, records), final_runs(size, records)
     found = []
     for cell in size.cells:
         for name in (BASE, *objectives_of(size, cell)):
@@ -107,30 +127,17 @@ def draw_frontier(size: Size, summary: list[dict[str, Any]], path: Path) -> None
     figure, panels = _panels(len(size.cells))
     for panel, cell in zip(panels, size.cells, strict=True):
         for line in summary:
-            if (line["prior"], line["data"]) != cell:
-                continue
-            name = line["objective"]
-            (kept, kept_half), (target, target_half) = line["kept"], line["target"]
-            style = {"color": COLORS.get(name, "tab:orange"), "markersize": 7 if name in COLORS else 5}
-            if name == BASE:
-                style = {"color": "tab:green", "markersize": 9}
-            marker = {BASE: "*", "sft": "s"}.get(name, "o" if name in COLORS else "^")
-            panel.errorbar(
-                *(100 * kept, 100 * target, 100 * target_half, 100 * kept_half),
-                **(style | {"marker": marker, "elinewidth": 0.8, "linestyle": "none"}),
-            )
-            if name not in COLORS and name != BASE:
-                panel.annotate(name, (100 * kept, 100 * target), (4, 3), textcoords="offset points", fontsize=7)
+            if (line["prior"], line["data"]) == cell:
+                color, marker = STYLES[line["objective"]]
+                large = 10 if marker == "*" else 6
+                panel.plot(100 * line["kept"][0], 100 * line["target"][0], marker, color=color, markersize=large)
         panel.set(title=_title(cell), xlabel="other skills kept, %", ylabel="target right, %")
-    handles = [
-        _handle(BASE, "tab:green", "*"),
-        *(_handle(n, c, "s" if n == "sft" else "o") for n, c in COLORS.items()),
-    ]
-    _save(figure, [*handles, _handle("other objectives", "tab:orange", "^")], path)
+        panel.margins(0.12)
+    _save(figure, [_handle(name, *style) for name, style in STYLES.items()], path)
 
 
 def draw_alphas(size: Size, summary: list[dict[str, Any]], path: Path) -> None:
-    """Target, longer problems and kept skills over alpha, a panel for each cell."""
+    """Target, longer problems and kept skills over alpha, a panel for each cell; bars are of the paired difference."""
     lines = {"target": "tab:blue", "kept": "tab:red", "longer": "tab:purple"}
     figure, panels = _panels(len(size.cells))
     alphas = [0.0, *(float(name.split()[1]) for name in ALPHAS[1:])]
@@ -138,8 +145,9 @@ def draw_alphas(size: Size, summary: list[dict[str, Any]], path: Path) -> None:
         found = {line["objective"]: line for line in summary if (line["prior"], line["data"]) == cell}
         for metric, color in lines.items():
             if metric in found["sft"]:
-                means, halves = np.array([found[name][metric] for name in ALPHAS]).T * 100
-                panel.errorbar(alphas, means, halves, color=color, marker="o", markersize=4, capsize=2)
+                means = [100 * found[name][metric][0] for name in ALPHAS]
+                halves = [100 * found[name][f"{metric} - sft"][1] for name in ALPHAS]
+                panel.errorbar(alphas, means, halves, color=color, marker="o", markersize=4, capsize=2, elinewidth=0.8)
                 panel.axhline(100 * found[BASE][metric][0], color=color, linestyle=":", linewidth=1)
         panel.set(title=_title(cell), xlabel="alpha", ylabel="right, %")
     handles = [_handle(name, color, "o") for name, color in lines.items()]
@@ -167,6 +175,7 @@ def _mean_at(records: list[Record], cell: Cell, name: str, rate: float, metric: 
 
 def draw_histograms(size: Size, records: list[Record], path: Path) -> None:
     """How p of the right tokens of test answers is distributed, a panel for each cell."""
+    records = final_runs(size, records)
     figure, panels = _panels(len(size.cells))
     for panel, cell in zip(panels, size.cells, strict=True):
         for name, color in ({BASE: "tab:green"} | COLORS_OF_RATES).items():
@@ -209,7 +218,7 @@ def _handle(label: str, color: str, marker: str, line: str = "none") -> Any:
 def _save(figure: Any, handles: list[Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 8), frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
