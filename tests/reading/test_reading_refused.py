@@ -82,6 +82,12 @@ MALFORMED = {  # name: JSON that is no valid row, and words of its error
     "empty object": (b"{}", "no 'messages' (found nothing)"),
     "no messages": (b'{"text": "x", "id": 1}', "no 'messages' (found 'text', 'id')"),
     "wrapper": (b'{"data": [' + ROW + b"]}", "rows seem to be the list under 'data'"),
+    "messages under another name": (
+        line({"message": [user()]}),
+        "list under 'message' seems to be the conversation: call it 'messages'",
+    ),
+    "sharegpt under another name": (b'{"chat": [{"from": "human", "value": "x"}]}', "call it 'conversations'"),
+    "pair": (b'{"question": "x", "answer": "y"}', "become a chat by scripts/prepare_pairs.py"),
     "preference data": (b'{"prompt": "x", "chosen": "y", "rejected": "z"}', "this is preference data"),
     "messages null": (b'{"messages": null}', "'messages' must be a list of messages, not null"),
     "messages a string": (b'{"messages": "x"}', "'messages' must be a list of messages, not text"),
