@@ -518,6 +518,17 @@ def test_show_row_marks_what_is_supervised(tmp_path, prepare, tokenizer, monkeyp
     assert "\\x1b[2J<|im_end|>\n" in show_row(data.samples[0], tokenizer, color=False)
 
 
+def test_show_row_cuts_long_parts_in_the_middle(tmp_path, prepare, tokenizer):
+    answer = f"begins {'on and ' * 500}ends"
+    data = prepare([write_jsonl(tmp_path / "a.jsonl", [chat("Why?", answer)])], max_length=4096)
+    shown = show_row(data.samples[0], tokenizer, color=False)
+    assert "[[begins on and " in shown
+    assert "on and ends<|im_end|>]]" in shown
+    left_out = len(answer + "<|im_end|>") - 2000
+    assert f" … {left_out:,} characters … " in shown
+    assert len(shown) < 2500
+
+
 def test_the_page_escapes_what_it_shows(tmp_path, prepare, tokenizer):
     files = [
         write_jsonl(tmp_path / "a<b>.jsonl", [chat("<script>alert(1)</script>", "a & b")]),
