@@ -90,7 +90,7 @@ def mixed_file(tmp_path):
 
 
 def test_standard_stops_at_malformed_rows_alone(mixed_file, prepare):
-    with pytest.raises(UserError, match="1 rows can't be used"):
+    with pytest.raises(UserError, match="1 row can't be used"):
         prepare([mixed_file], max_length=64)
     rows = [text for i, text in enumerate(mixed_file.read_text().splitlines()) if i != 1]
     mixed_file.write_text("\n".join(rows))
@@ -313,7 +313,7 @@ def test_message_weights_become_a_column(tmp_path, prepare):
 def test_longer_rows(tmp_path, prepare, truncation, length):
     path = write_jsonl(tmp_path / "a.jsonl", [chat("short"), chat("Q", "word " * 100)])
     if truncation == "error":
-        with pytest.raises(UserError, match=r"1 rows can't be used \(1 too_long\). Raise --max_length") as caught:
+        with pytest.raises(UserError, match=r"1 row can't be used \(1 too_long\). Raise --max_length") as caught:
             prepare([path], max_length=40, truncation=truncation)
         assert f"{path}:2: " in str(caught.value)
         return
