@@ -91,6 +91,8 @@ def _missing(column: str, row: dict) -> str:
     found = ", ".join(map(repr, row)) or "nothing"
     if "chosen" in row and "rejected" in row:
         return f"no {column!r} (found {found}): this is preference data, which has two answers for a prompt"
+    if any(all(name in row for name in keys) for keys in MESSAGE_KEYS.values()):
+        return f"no {column!r} (found {found}): this is one message, and a row is a whole conversation"
     lists = [(key, value[0]) for key, value in row.items() if isinstance(value, list) and value]
     hint = next((_hint_at_list(key, first) for key, first in lists if isinstance(first, dict)), "")
     texts = [key for key, value in row.items() if isinstance(value, str)]
@@ -102,6 +104,8 @@ def _missing(column: str, row: dict) -> str:
 def _hint_at_list(key: str, first: dict) -> str:
     """What to do with a row that has a list of objects under a name that no format has, by the first of them."""
     for column, keys in MESSAGE_KEYS.items():
+        if key == column:
+            return f"; rows with {key!r} need a file of their own"
         if all(name in first for name in keys):
             return f"; the list under {key!r} seems to be the conversation: call it {column!r}"
     return f"; the rows seem to be the list under {key!r}: make that the file"

@@ -87,6 +87,8 @@ MALFORMED = {  # name: JSON that is no valid row, and words of its error
         "list under 'message' seems to be the conversation: call it 'messages'",
     ),
     "sharegpt under another name": (b'{"chat": [{"from": "human", "value": "x"}]}', "call it 'conversations'"),
+    "row of another format": (b'{"conversations": [{"from": "human", "value": "x"}]}', "need a file of their own"),
+    "one message": (line(user()), "this is one message, and a row is a whole conversation"),
     "pair": (b'{"question": "x", "answer": "y"}', "become a chat by scripts/prepare_pairs.py"),
     "preference data": (b'{"prompt": "x", "chosen": "y", "rejected": "z"}', "this is preference data"),
     "messages null": (b'{"messages": null}', "'messages' must be a list of messages, not null"),
