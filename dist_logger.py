@@ -99,6 +99,7 @@ def quiet_libraries(progress_bars: bool) -> None:
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     warnings.filterwarnings("ignore", message=r"barrier\(\): using the device")  # which is the right one
+    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")  # PEFT asks by this name
     if rank_and_world_size()[0] > 0:
         warnings.filterwarnings("ignore")
     if not progress_bars or rank_and_world_size()[0] > 0:

@@ -1,11 +1,14 @@
 """Log records carry their true rank, and a log file is written once, by rank 0."""
 
 import sys
+import warnings
 
 import pytest
+from peft import LoraConfig, get_peft_model
 
 from dft.errors import UserError
-from dist_logger import get_logger, setup_logging
+from dist_logger import get_logger, quiet_libraries, setup_logging
+from examples.make_tiny_model import make_model
 from tests.helpers import FULL, needs_full_disk, run, run_on
 
 WORKER = """
@@ -62,6 +65,15 @@ def test_a_log_file_on_a_full_disk_is_dropped_with_one_warning(capsys):
     lines = [text.split(" - ")[-1] for text in capsys.readouterr().err.splitlines()]
     expected = "/dev/full can't be written (No space left on device): the run goes on without it"
     assert lines == ["one", expected, "two", "three"]
+
+
+def test_an_adapter_warns_of_no_name_that_peft_asks_by(tokenizer):
+    model = make_model(len(tokenizer), hidden_size=32, num_layers=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        quiet_libraries(progress_bars=True)
+        get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    assert not [warning for warning in caught if "is_gradient_checkpointing" in str(warning.message)]
 
 
 def test_debug_records_are_shown_on_request(capsys):

@@ -108,11 +108,16 @@ def source_names(data: PreparedData, *, of_training: bool = False) -> list[str]:
 
 
 def _sources(data: PreparedData, *, of_training: bool) -> tuple[list[str], np.ndarray]:
-    """Names of sources, and the source of each row, int [R]: the channels, or else the files."""
+    """Names of sources, and the source of each row, int [R]: the channels, or else the files.
+
+    The rows of a file may all name one source: it gets no metrics of its own, but its name still chooses the scorer.
+    """
     rows, places = (data.train, data.train_places) if of_training else (data.evaluation, data.evaluation_places)
     if data.channels:
         return data.channels, np.asarray(rows["channel"])
-    return file_names([entry["path"] for entry in data.report["files"]]), places.file
+    files = file_names([entry["path"] for entry in data.report["files"]])
+    has_one_name = len(files) == 1 and len(data.field_names) == 1 and data.field_names[0] != ""
+    return data.field_names if has_one_name else files, places.file
 
 
 def choose_rows(source: np.ndarray, count: int | None) -> np.ndarray:

@@ -131,6 +131,13 @@ class CheckpointTrainer(Trainer):
         with loaded_as_saved(self.state.best_model_checkpoint):
             super()._load_best_model()
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Says nothing of a weight that is tied to another: a checkpoint holds both once, under the other's name."""
+        if isinstance(self.model, PreTrainedModel):
+            missing = [key for key in load_result.missing_keys if key not in self.model.all_tied_weights_keys]
+            load_result = load_result._replace(missing_keys=missing)
+        super()._issue_warnings_after_load(load_result)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Trainer's; the learning rate follows the arguments of this training."""
         if is_universal(checkpoint):

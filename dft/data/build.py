@@ -80,7 +80,7 @@ def build(
 
 def _reader(path: str, config: DataConfig) -> RowReader:
     data_format = detect_format(path) if config.data_format == "auto" else config.data_format
-    logger.info("%s holds rows of the format %s", path, data_format)
+    logger.info("%s is read as rows of the format %s", path, data_format)
     return RowReader(path, data_format, config.roles)
 
 

@@ -73,7 +73,8 @@ class RejectionLog:
         remedy = "Mend them, or drop them with --data_validation lenient."
         if set(self._stopping) == {"too_long"}:
             remedy = "Raise --max_length, or choose another --truncation than error."
-        raise UserError(f"{total} rows can't be used ({_in_words(self._stopping)}). {remedy}\n" + "\n".join(lines))
+        rows = "1 row" if total == 1 else f"{total:,} rows"
+        raise UserError(f"{rows} can't be used ({_in_words(self._stopping)}). {remedy}\n" + "\n".join(lines))
 
     def stop_if_nothing_is_left(self, rows: int, paths: list[str], flag: str) -> None:
         """Raises UserError with the reasons if none of the rows of some files are left."""

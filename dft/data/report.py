@@ -24,6 +24,7 @@ PERCENTILES = {"min": 0, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "p99": 99, 
 COLUMNS_OF_REMARKS = {TURN_WITHOUT_THINKING: "thinking lost", EMPTY_TURN: "empty turns"}  # where there are any
 MANY_DROPPED = 0.1  # share of a file's rows above which their loss is a warning
 SHOWN_REASONS = 3
+SHOWN_CHARACTERS = 1000  # of the beginning and of the end of a long part of a sample row
 GREEN, GRAY, PLAIN = "\033[32m", "\033[90m", "\033[0m"
 
 
@@ -253,6 +254,8 @@ def runs(row: SampleRow, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, 
 def show_row(row: SampleRow, tokenizer: PreTrainedTokenizerBase, color: bool | None = None) -> str:
     """The text of a row with what is supervised in green and the rest gray, or between [[ and ]] without color.
 
+    Long parts are cut in the middle, so that one row doesn't fill the terminal.
+
     Args:
         color: None for color where stdout is a terminal and NO_COLOR is not set.
     """
@@ -261,5 +264,13 @@ def show_row(row: SampleRow, tokenizer: PreTrainedTokenizerBase, color: bool | N
     text = ""
     for part, is_supervised in runs(row, tokenizer):
         before, after = marks[is_supervised]
-        text += before + printable(part, lines=True) + after
+        text += before + _shortened(printable(part, lines=True)) + after
     return f"{printable(row.path)}:{row.line}\n{text}"
+
+
+def _shortened(text: str) -> str:
+    """The text with its beginning and its end alone, if it is long."""
+    left_out = len(text) - 2 * SHOWN_CHARACTERS
+    if left_out <= 0:
+        return text
+    return f"{text[:SHOWN_CHARACTERS]} … {left_out:,} characters … {text[-SHOWN_CHARACTERS:]}"

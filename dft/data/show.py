@@ -11,6 +11,7 @@ from dft.data.page import write_page
 from dft.data.prepared import PreparedData
 from dft.data.report import report_table, report_warnings, show_row, write_report
 from dft.files import dispensable
+from dft.printable import printable
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,9 @@ def show_data(data: PreparedData, config: DataConfig, tokenizer: PreTrainedToken
             print(show_row(row, tokenizer), end="\n\n")
         elif config.debug_data_processing:
             logger.debug("sample row %r", show_row(row, tokenizer, color=False))
+    if config.dry_run:
+        print(f"the rows as a page: {printable(out / 'data_report.html')}")
+        print(f"dropped rows:       {printable(out / 'rejected.jsonl')}")
     if config.debug_data_processing:
         with open(rejected, encoding="utf-8") as file:
             for line in file:

@@ -123,7 +123,7 @@ def _examples(paths: list[str], below: str = "") -> str:
 def _problems(file: DataFile, earlier: DataFile) -> list[str]:
     """Why a file can't be read, or contradicts the `earlier` pattern that named it too; empty if all is well."""
     if not is_data_file(Path(file.path)):
-        return [f"  {printable(file.path)}: not a {', '.join(SUFFIXES)} file"]
+        return [f"  {printable(file.path)}: not a {', '.join(SUFFIXES)} file (docs/data.md: how to convert a table)"]
     if (earlier.max_rows, earlier.weight) != (file.max_rows, file.weight):
         return [f"  {printable(file.path)}: named twice, with different samples or weights"]
     if earlier.entry != file.entry:

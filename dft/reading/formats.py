@@ -32,6 +32,8 @@ USED_COLUMNS = {  # the columns that are checked and used; all others may hold a
     "alpaca": ("instruction", "input", "output", "system", "history", "chat_template_kwargs"),
     "prompt_completion": ("prompt", "completion", "tools", "chat_template_kwargs"),
 }
+MESSAGE_KEYS = {"messages": ("role", "content"), "conversations": ("from", "value")}  # column: keys of its messages
+PAIR = 2  # columns of text that a row needs to be a question with its answer
 DETECTION_ROWS = 100  # the format of a file is detected from so many rows at its start
 MAX_CHANNEL_LENGTH = 64  # characters; a longer text in the field `channel` is not the name of a source
 
@@ -89,9 +91,24 @@ def _missing(column: str, row: dict) -> str:
     found = ", ".join(map(repr, row)) or "nothing"
     if "chosen" in row and "rejected" in row:
         return f"no {column!r} (found {found}): this is preference data, which has two answers for a prompt"
-    wrapped = [k for k, v in row.items() if isinstance(v, list) and v and isinstance(v[0], dict)]
-    hint = f"; the rows seem to be the list under {wrapped[0]!r}: make that the file" if wrapped else ""
+    if any(all(name in row for name in keys) for keys in MESSAGE_KEYS.values()):
+        return f"no {column!r} (found {found}): this is one message, and a row is a whole conversation"
+    lists = [(key, value[0]) for key, value in row.items() if isinstance(value, list) and value]
+    hint = next((_hint_at_list(key, first) for key, first in lists if isinstance(first, dict)), "")
+    texts = [key for key, value in row.items() if isinstance(value, str)]
+    if not hint and column == "messages" and len(texts) >= PAIR:
+        hint = "; a question in one column and its answer in another become a chat by scripts/prepare_pairs.py"
     return f"no {column!r} (found {found}){hint}"
+
+
+def _hint_at_list(key: str, first: dict) -> str:
+    """What to do with a row that has a list of objects under a name that no format has, by the first of them."""
+    for column, keys in MESSAGE_KEYS.items():
+        if key == column:
+            return f"; rows with {key!r} need a file of their own"
+        if all(name in first for name in keys):
+            return f"; the list under {key!r} seems to be the conversation: call it {column!r}"
+    return f"; the rows seem to be the list under {key!r}: make that the file"
 
 
 def _template_kwargs(kwargs: Any) -> dict[str, Any] | None:

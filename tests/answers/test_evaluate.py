@@ -73,6 +73,15 @@ def test_scorers_of_the_training_are_taken_and_may_name_other_sources(taught, le
     assert "1 of the 8 chosen rows can't be asked:" in shown
 
 
+def test_a_file_whose_rows_all_name_one_source_is_scored_as_that_source(taught, lessons, tmp_path, capsys):
+    rows = [row for row in lessons["right"].read_text().splitlines() if json.loads(row)["channel"] == "forms"]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    shown = evaluated(
+        capsys, taught, "--data_files", tmp_path / "rows.jsonl", "--generate", "--answer_scorers", "forms=exact"
+    )
+    assert ["forms", "exact", "2"] in [line.split()[:3] for line in shown]
+
+
 @pytest.mark.launch
 def test_two_processes_give_the_same_answers(taught, lessons, tmp_path, capsys):
     written = {count: tmp_path / f"{count}.jsonl" for count in (1, 2)}

@@ -111,6 +111,20 @@ def test_a_tied_head_is_written_once(make_trainer, base, tmp_path, is_tied):
     assert saved.keys() | {"lm_head.weight"} == gathered.keys()
 
 
+def test_resuming_warns_of_missing_weights_but_not_of_a_tied_head(make_trainer, base, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("transformers.trainer.logger.warning", lambda message, *_: said.append(message))
+    saves = {"save_strategy": "steps", "save_steps": 1}
+    make_trainer(base_model(base), processing_class=base, max_steps=1, **saves).train()
+    make_trainer(base_model(base), processing_class=base, max_steps=2, **saves).train(resume_from_checkpoint=True)
+    assert not [message for message in said if "missing" in message]
+    trainer = make_trainer(base_model(base), processing_class=base)
+    lacking = trainer.model.load_state_dict({}, strict=False)
+    trainer._issue_warnings_after_load(lacking)
+    assert "model.embed_tokens.weight" in said[-1]
+    assert "lm_head.weight" not in said[-1]
+
+
 def test_an_adapter_gets_a_generation_config_of_its_own(make_trainer, base, tmp_path):
     model = get_peft_model(base_model(base), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     trainer = make_trainer(model, processing_class=base, save_strategy="steps", save_steps=2, save_only_model=True)

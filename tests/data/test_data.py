@@ -90,7 +90,7 @@ def mixed_file(tmp_path):
 
 
 def test_standard_stops_at_malformed_rows_alone(mixed_file, prepare):
-    with pytest.raises(UserError, match="1 rows can't be used"):
+    with pytest.raises(UserError, match="1 row can't be used"):
         prepare([mixed_file], max_length=64)
     rows = [text for i, text in enumerate(mixed_file.read_text().splitlines()) if i != 1]
     mixed_file.write_text("\n".join(rows))
@@ -313,7 +313,7 @@ def test_message_weights_become_a_column(tmp_path, prepare):
 def test_longer_rows(tmp_path, prepare, truncation, length):
     path = write_jsonl(tmp_path / "a.jsonl", [chat("short"), chat("Q", "word " * 100)])
     if truncation == "error":
-        with pytest.raises(UserError, match=r"1 rows can't be used \(1 too_long\). Raise --max_length") as caught:
+        with pytest.raises(UserError, match=r"1 row can't be used \(1 too_long\). Raise --max_length") as caught:
             prepare([path], max_length=40, truncation=truncation)
         assert f"{path}:2: " in str(caught.value)
         return
@@ -516,6 +516,17 @@ def test_show_row_marks_what_is_supervised(tmp_path, prepare, tokenizer, monkeyp
     assert "[[Because." in show_row(data.samples[0], tokenizer)
     data = prepare([write_jsonl(tmp_path / "b.jsonl", [chat("\x1b[2J", "a\tb")])])
     assert "\\x1b[2J<|im_end|>\n" in show_row(data.samples[0], tokenizer, color=False)
+
+
+def test_show_row_cuts_long_parts_in_the_middle(tmp_path, prepare, tokenizer):
+    answer = f"begins {'on and ' * 500}ends"
+    data = prepare([write_jsonl(tmp_path / "a.jsonl", [chat("Why?", answer)])], max_length=4096)
+    shown = show_row(data.samples[0], tokenizer, color=False)
+    assert "[[begins on and " in shown
+    assert "on and ends<|im_end|>]]" in shown
+    left_out = len(answer + "<|im_end|>") - 2000
+    assert f" … {left_out:,} characters … " in shown
+    assert len(shown) < 2500
 
 
 def test_the_page_escapes_what_it_shows(tmp_path, prepare, tokenizer):

@@ -101,6 +101,7 @@ def test_a_dry_run_shows_the_data_and_loads_no_model(outcomes, output_dir):
     assert "[[" in outcome.output
     assert "chats.jsonl" in outcome.output
     assert "Model: " not in outcome.output
+    assert str(output_dir / "dry run" / "data_report.html") in outcome.output
     assert {path.name for path in (output_dir / "dry run").iterdir()} == {
         "data_report.html",
         "data_report.json",

@@ -80,6 +80,17 @@ def test_mistakes_in_variables_are_status_2(env, message, tmp_path):
     assert message in result.stdout
 
 
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_shows_the_variables_and_starts_nothing(flag, tmp_path):
+    result = run(["bash", "scripts/train.sh", flag], LOG_DIR=str(tmp_path / "logs"))
+    assert result.returncode == 0, result.stdout
+    for words in ("    LAUNCHER     deepspeed (default)", "    HOSTFILE ", "python train_dft.py --help"):
+        assert words in result.stdout
+    assert "set -euo" not in result.stdout
+    assert "Command: " not in result.stdout
+    assert not (tmp_path / "logs").exists()
+
+
 @pytest.fixture
 def script(tmp_path):
     """Runs a shell command in which $TRAIN is train.sh, with a launcher that says much and ends with status 7."""

@@ -303,7 +303,7 @@ def test_missing_files_are_all_named(tmp_path):
     for words in (
         "no1.jsonl: no such",
         "no2.jsonl#5: no such",
-        "notes.txt: not a",
+        "notes.txt: not a .json, .jsonl, .parquet file (docs/data.md: how to convert a table)",
         "empty: no data",
         "*.nothing: no such",
     ):
