@@ -8,6 +8,12 @@
 # OUT is the output directory; default outputs/quickstart.
 set -euo pipefail
 here="$(dirname "${BASH_SOURCE[0]}")"
+if [[ $# -gt 0 ]]; then
+    sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    [[ "$1" == --help || "$1" == -h ]] && exit 0
+    echo "error: quickstart.sh takes no arguments, and got: $*" >&2
+    exit 2
+fi
 source "$here/setup.sh"
 OUT="${OUT:-outputs/quickstart}"
 started=$SECONDS

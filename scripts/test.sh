@@ -4,6 +4,6 @@
 set -euo pipefail
 here="$(dirname "${BASH_SOURCE[0]}")"
 EXTRAS=dev source "$here/setup.sh"
-# in two processes, because most of the time is spent waiting for programs to start; the tests of a file stay together,
+# in three processes, because much of the time is spent waiting for programs to start; the tests of a file stay together,
 # because they share fixtures
-exec python -m pytest -n 2 --dist loadfile "$@"
+exec python -m pytest -n 3 --dist loadfile "$@"

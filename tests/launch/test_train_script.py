@@ -91,6 +91,24 @@ def test_help_shows_the_variables_and_starts_nothing(flag, tmp_path):
     assert not (tmp_path / "logs").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("finetune.sh", "TRAIN         training data"), ("quickstart.sh", "OUT is the output directory")],
+)
+def test_help_of_other_scripts_starts_nothing(name, words):
+    result = run(["bash", f"scripts/{name}", "--help"], MODEL="")
+    assert result.returncode == 0, result.stdout
+    assert words in result.stdout
+    assert "installed" not in result.stdout
+    assert "set -euo" not in result.stdout
+
+
+def test_the_quickstart_refuses_arguments():
+    result = run(["bash", "scripts/quickstart.sh", "--dft_alpha", "1"])
+    assert result.returncode == 2
+    assert "takes no arguments, and got: --dft_alpha 1" in result.stdout
+
+
 @pytest.fixture
 def script(tmp_path):
     """Runs a shell command in which $TRAIN is train.sh, with a launcher that says much and ends with status 7."""
