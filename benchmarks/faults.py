@@ -326,7 +326,8 @@ def main() -> None:
     for name in args.parts:
         part = PARTS[name]
         print(f"{name}: {part.asked}", flush=True)
-        lines = part.run(whole, min(filter(None, (part.tries, args.tries)), default=0) or ALL)
+        found = part.run(whole, min(filter(None, (part.tries, args.tries)), default=0) or ALL)
+        lines = [(done, outcome.replace(str(place), "RUNS"), is_right) for done, outcome, is_right in found]
         for done, outcome, is_right in lines:
             print(f"  {'' if is_right else 'WRONG: '}{done}: {outcome}", flush=True)
         counts[name] = [sum(line[2] for line in lines), len(lines)]
