@@ -7,13 +7,13 @@
 #     3. asks the result a question
 # OUT is the output directory; default outputs/quickstart.
 set -euo pipefail
-here="$(dirname "${BASH_SOURCE[0]}")"
 if [[ $# -gt 0 ]]; then
     sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     [[ "$1" == --help || "$1" == -h ]] && exit 0
     echo "error: quickstart.sh takes no arguments, and got: $*" >&2
     exit 2
 fi
+here="$(dirname "${BASH_SOURCE[0]}")"
 source "$here/setup.sh"
 OUT="${OUT:-outputs/quickstart}"
 started=$SECONDS
