@@ -75,7 +75,7 @@ def train(settings: Settings) -> None:
     plan = plan_batches(args, data_config.max_length, config, attention)
     data, stages = load_data(settings, tokenizer, plan)
     check_fit(data, config, tokenizer, is_padded=plan.batching == "padded", grows=model_config.resize_embeddings)
-    answers = load_questions(settings, tokenizer, config, data)
+    answers = load_questions(settings, tokenizer, config, data) if settings.answers.eval_generations else None
     if data_config.dry_run:
         return
     facts = once_per_node(partial(run_facts, args, loss_config, config, data.train, plan, stages))
@@ -87,8 +87,9 @@ def train(settings: Settings) -> None:
     report_to = start_trackers(args, trackers, about, steps_done) if args.do_train else []
     model = load_model(model_config, adapters, args, config, tokenizer, attention)
     warn_if_too_large(model, settings, int(data.lengths.max(initial=1)))
-    shown = {"answers": answers, "report_to": report_to}
-    trainer = make_trainer(settings, model, tokenizer, data, plan, stages, made_with=made_with, **shown)
+    trainer = make_trainer(
+        settings, model, tokenizer, data, plan, stages, answers=answers, report_to=report_to, made_with=made_with
+    )
     if not args.do_train:
         save_evaluation(trainer)
         return
@@ -202,8 +203,8 @@ def load_data(
 
 def load_questions(
     settings: Settings, tokenizer: "PreTrainedTokenizerBase", config: "PretrainedConfig", data: "PreparedData"
-) -> "AnswerPlan | None":
-    """What the model is asked at each evaluation; None without --eval_generations."""
+) -> "AnswerPlan":
+    """What the model is asked at each evaluation, by --eval_generations."""
     from dft.answers.asking import check_metric
     from dft.answers.questions import questions_of_data, source_names
     from dft.answers.report import refusal_lines
@@ -211,14 +212,12 @@ def load_questions(
     from dft.chat.format import ChatFormat
     from dft.config.answers import check_sources
     from dft.distributed import once_per_node
-    from dft.generation import room_for_prompt
+    from dft.generation import longest_prompt
     from dft.model.fit import check_vocabulary, ids_in
 
     answers, chat_format = settings.answers, ChatFormat.of(tokenizer, settings.data)
-    if not answers.eval_generations:
-        return None
     check_sources(answers.scorers, source_names(data))
-    room = room_for_prompt(config, answers.eval_max_new_tokens)
+    room = longest_prompt(config, answers.eval_max_new_tokens)
     of_data = (data, settings.data, chat_format, answers.scorers, answers.eval_generations, room)
     found = once_per_node(partial(questions_of_data, *of_data))
     check_metric(settings.training.metric_for_best_model, found.questions)

@@ -13,6 +13,7 @@ from pathlib import Path
 from filelock import SoftFileLock, Timeout
 
 from dft.errors import UserError
+from dft.printable import printable
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,12 @@ def take_directory(path: Path, flag: str) -> None:
             f"it was on a machine that is gone, delete {path / LOCK}"
         ) from None
     atexit.register(lock.release)
+
+
+def check_writable(path: Path, flag: str) -> None:
+    """Raises UserError where a file can't be written, before the work for it is done for nothing."""
+    if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise UserError(f"{flag} {printable(path)} can't be written: give a file in a directory that exists")
 
 
 @contextmanager

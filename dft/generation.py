@@ -49,13 +49,8 @@ def generate_answers(
     ends = list(find_end_tokens(model, tokenizer) if end_tokens is None else end_tokens)
     generator = Generator(model, max_new_tokens, ends, _pad_token(tokenizer, ends))
     generator.check(prompts)
-    answers: list[list[int]] = [[]] * len(prompts)
-    with _asked(model):
-        for batch in generator.plan(prompts, range(len(prompts)), tokens_at_once):
-            found = generator.generate([prompts[i] for i in batch])
-            for index, answer in zip(batch, found, strict=True):
-                answers[index] = answer
-    return answers
+    found = generator.generate_all(prompts, generator.plan(prompts, range(len(prompts)), tokens_at_once))
+    return [found[index] for index in range(len(prompts))]
 
 
 def share_answers(
@@ -86,10 +81,7 @@ def share_answers(
     mine = plans[rank]
     if in_step and prompts:
         mine = mine + mine[-1:] * (max(map(len, plans)) - len(mine))
-    found: dict[int, list[int]] = {}
-    with _asked(model):
-        for batch in mine:
-            found.update(zip(batch, generator.generate([prompts[i] for i in batch]), strict=True))
+    found = generator.generate_all(prompts, mine)
     of_prompt = {index: answer for part in reversed(gather_in_training(found)) for index, answer in part.items()}
     return [of_prompt[index] for index in range(len(prompts))]
 
@@ -115,7 +107,7 @@ class Generator:
         """Raises UserError or ValueError where the prompts can't be asked, see generate_answers."""
         if self.max_new_tokens < 1 or not all(map(len, prompts)):
             raise ValueError(f"max_new_tokens {self.max_new_tokens} must be at least 1, and no prompt may be empty")
-        longest, room = max(map(len, prompts), default=0), longest_prompt(self.model, self.max_new_tokens)
+        longest, room = max(map(len, prompts), default=0), longest_prompt(self.model.config, self.max_new_tokens)
         if longest > room:
             raise UserError(
                 f"the longest prompt has {longest} tokens; with an answer of {self.max_new_tokens} the model takes "
@@ -126,6 +118,14 @@ class Generator:
         """Some of the prompts in batches; `share` holds their indices, and so do the batches."""
         lengths = np.array([len(prompts[index]) + self.max_new_tokens for index in share])
         return [[share[place] for place in batch] for batch in plan_scoring(lengths, tokens_at_once)]
+
+    def generate_all(self, prompts: Sequence[Sequence[int]], plan: list[Batch]) -> dict[int, list[int]]:
+        """The answers to the prompts of a plan, by their indices."""
+        found: dict[int, list[int]] = {}
+        with _asked(self.model):
+            for batch in plan:
+                found.update(zip(batch, self.generate([prompts[index] for index in batch]), strict=True))
+        return found
 
     def generate(self, prompts: list[Sequence[int]]) -> list[list[int]]:
         """The answers to the prompts of a batch."""
@@ -141,13 +141,8 @@ class Generator:
         return [_until_end(answer, self.ends) for answer in found[:, ids.shape[1] :].tolist()]
 
 
-def longest_prompt(model: PreTrainedModel, max_new_tokens: int) -> int:
-    """The tokens of the longest prompt that leaves the model positions for an answer of max_new_tokens."""
-    return room_for_prompt(model.config, max_new_tokens)
-
-
-def room_for_prompt(config: PretrainedConfig, max_new_tokens: int) -> int:
-    """As longest_prompt, of a model that isn't loaded."""
+def longest_prompt(config: PretrainedConfig, max_new_tokens: int) -> int:
+    """The tokens of the longest prompt that leaves a model positions for an answer of max_new_tokens."""
     context = config.get_text_config().to_dict().get("max_position_embeddings") or sys.maxsize
     return context - max_new_tokens
 

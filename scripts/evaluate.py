@@ -19,10 +19,8 @@ if __name__ == "__main__":  # before the imports that this is about
 import argparse
 import json
 import math
-import os
 import tempfile
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from data_utils import prepare_on_each_node
@@ -41,7 +39,7 @@ from dft.data.prepared import PreparedData
 from dft.data.tables import aligned
 from dft.distributed import has_accelerator, once_per_node
 from dft.errors import UserError
-from dft.files import path_argument
+from dft.files import check_writable, path_argument
 from dft.generation import TOKENS_AT_ONCE, longest_prompt
 from dft.model.fit import check_fit
 from dft.model.trained import DTYPES, TrainedModel, load_trained
@@ -55,8 +53,9 @@ COLUMNS = {"CE": "ce_loss", "perplexity": "perplexity", "p_correct": "avg_p_corr
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    check_output(args.output, "--output")
-    check_output(args.answers, "--answers")
+    for name in ("output", "answers"):
+        if vars(args)[name] is not None:
+            check_writable(vars(args)[name], f"--{name}")
     setup_logging()
     quiet_libraries(progress_bars=False)
     run = read_run(args.model)
@@ -67,7 +66,8 @@ def main(argv: list[str] | None = None) -> None:
         chat_format = ChatFormat.of(trained.tokenizer, config)
         data = prepare_on_each_node(config, chat_format, seed=training.seed)
         check_fit(data, trained.model.config, trained.tokenizer, is_padded=True, grows=False)
-        questions = find_questions(args, run, trained, data, config) if args.generate else None
+        room = longest_prompt(trained.model.config, args.max_new_tokens)
+        questions = find_questions(args, run, data, config, chat_format, room) if args.generate else None
         trainer = make_trainer(args, training, trained, data, questions, run)
         metrics = evaluate(trainer, has_loss="dft" in run)
     if training.process_index != 0:
@@ -135,12 +135,6 @@ def add_answer_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--answers", type=path_argument, help="JSONL file to write each answer to, with its score")
 
 
-def check_output(path: Path | None, flag: str) -> None:
-    """Raises UserError where the file can't be written, before the evaluation is done for nothing."""
-    if path is not None and (path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)):
-        raise UserError(f"{flag} {path} can't be written: give a file in a directory that exists")
-
-
 def training_arguments(args: argparse.Namespace, precision: dict[str, bool], directory: str) -> DFTTrainingArguments:
     """What the trainer is told.
 
@@ -193,16 +187,24 @@ class Evaluation(DFTTrainer):
 
 
 def find_questions(
-    args: argparse.Namespace, run: dict[str, Any], trained: TrainedModel, data: PreparedData, config: DataConfig
+    args: argparse.Namespace,
+    run: dict[str, Any],
+    data: PreparedData,
+    config: DataConfig,
+    chat_format: ChatFormat,
+    room: int,
 ) -> Questions:
-    """What the model is asked, which one process of each node reads from the files."""
+    """What the model is asked, which one process of each node reads from the files.
+
+    Args:
+        run: see read_run.
+        room: tokens of the longest prompt that is asked.
+    """
     if args.answer_scorers is None:  # those of the training may be about other sources, too
         scorers = parse_scorers(run.get("answers", {}).get("answer_scorers"))
     else:
         scorers = parse_scorers(args.answer_scorers)
         check_sources(scorers, source_names(data, of_training=True))
-    room = longest_prompt(trained.model, args.max_new_tokens)
-    chat_format = ChatFormat.of(trained.tokenizer, config)
     find = partial(questions_of_data, data, config, chat_format, scorers, args.generations, room, of_training=True)
     return once_per_node(find)
 

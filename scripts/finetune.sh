@@ -12,11 +12,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-if [[ "${1:-}" == --help || "${1:-}" == -h ]]; then
-    sed -n '2,/^set /s/^# \{0,1\}//p' scripts/finetune.sh
-    echo "The flags of train_dft.py: python train_dft.py --help, or docs/flags.md"
-    exit 0
-fi
+source scripts/help.sh
+end_with_help scripts/finetune.sh "$@"
 source scripts/secrets.sh
 take_token "$@" || exit 2
 set -- "${arguments[@]}"

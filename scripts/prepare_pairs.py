@@ -25,7 +25,7 @@ from dft.program import program
 from dft.reading.discovery import find_data_files
 from dft.reading.formats import parse
 from dft.reading.raw_rows import read_rows
-from dft.reading.rows import RawRow, RowError, malformed
+from dft.reading.rows import RowError, malformed
 from dft.reading.strict_json import RepeatedKey, kind
 
 SHOWN = 20  # bad rows that the message lists
@@ -148,23 +148,12 @@ def chats(files: list[str], pairs: Pairs, counts: Counts, *, skips_empty: bool) 
     """The chats of all files in order; bad rows are counted and left out."""
     for path, raw in chain.from_iterable(((path, raw) for raw in read_rows(path)) for path in files):
         try:
-            yield pairs.chat(value_of(raw))
+            yield pairs.chat(parse(raw))
         except RowError as error:
             if error.reason == EMPTY and skips_empty:
                 counts.empty += 1
             else:
                 counts.add_bad(path, raw.line, error)
-
-
-def value_of(raw: RawRow) -> Any:
-    """The parsed row.
-
-    Raises:
-        RowError: it can't be read.
-    """
-    if raw.reason is not None:
-        raise RowError(raw.reason, raw.detail)
-    return parse(raw)
 
 
 def write(rows: Iterator[dict[str, Any]], path: Path, limit: int | None, counts: Counts) -> None:

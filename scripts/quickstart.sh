@@ -8,7 +8,8 @@
 # OUT is the output directory; default outputs/quickstart.
 set -euo pipefail
 if [[ $# -gt 0 ]]; then
-    sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    source "$(dirname "${BASH_SOURCE[0]}")/help.sh"
+    show_usage "${BASH_SOURCE[0]}"
     [[ "$1" == --help || "$1" == -h ]] && exit 0
     echo "error: quickstart.sh takes no arguments, and got: $*" >&2
     exit 2

@@ -124,7 +124,7 @@ def test_nothing_in_the_models_own_config_changes_an_answer(model, tokenizer, pr
 
 
 def test_a_prompt_without_room_for_its_answer_is_refused(model, tokenizer, prompts):
-    assert longest_prompt(model, 41) == 59
+    assert longest_prompt(model.config, 41) == 59
     with pytest.raises(UserError, match=r"longest prompt has 60 tokens; with an answer of 41 the model .* of 59"):
         generate_answers(model, tokenizer, prompts, 41)
     with pytest.raises(ValueError, match="no prompt may be empty"):

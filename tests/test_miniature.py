@@ -56,7 +56,7 @@ def test_a_new_format_is_asked_for_as_it_was_trained():
 
 def test_an_answer_is_right_as_greedy_search_finds_it(tmp_path):
     """The exam scores all tokens at once; generation puts one after the other."""
-    study.make_base(replace(QUICK, base_rows=2000, base_steps=60), tmp_path, "knows", 0)
+    study.make_base(replace(QUICK, base_rows=2000, base_steps=60), tmp_path, ("knows", 0))
     model = study.Qwen3ForCausalLM.from_pretrained(study.base_path(tmp_path, "knows", 0)).eval()
     problems = [tasks.OLD_FACTS(np.random.default_rng(i), "test", 0) for i in range(40)]
     said = [Problem(problem.prompt, generated(model, problem.prompt)) for problem in problems]

@@ -26,6 +26,7 @@ BASE = "base"
 
 Cell = tuple[str, str]
 Record = dict[str, Any]
+Rates = dict[tuple[str, str, str], float]  # of each (prior, data, objective)
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
@@ -41,9 +42,8 @@ def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> tuple
     return mean_and_interval([ours[seed] - theirs[seed] for seed in sorted(ours)])
 
 
-def final_runs(size: Size, records: list[Record]) -> list[Record]:
+def final_runs(rates: Rates, records: list[Record]) -> list[Record]:
     """The runs with test problems, of base models and at the best rates; a study that went on may have others."""
-    rates = best_rates(size, records)
     return [
         record
         for record in records
@@ -63,7 +63,8 @@ def by_seed(finals: list[Record], cell: Cell, objective: str, metric: str) -> di
 
 def summarize(size: Size, records: list[Record]) -> list[dict[str, Any]]:
     """Of every cell and objective the learning rate, means of all metrics, and differences to SFT in two of them."""
-    rates, records = best_rates(size, records), final_runs(size, records)
+    rates = best_rates(size, records)
+    records = final_runs(rates, records)
     found = []
     for cell in size.cells:
         for name in (BASE, *objectives_of(size, cell)):
@@ -175,7 +176,7 @@ def _mean_at(records: list[Record], cell: Cell, name: str, rate: float, metric: 
 
 def draw_histograms(size: Size, records: list[Record], path: Path) -> None:
     """How p of the right tokens of test answers is distributed, a panel for each cell."""
-    records = final_runs(size, records)
+    records = final_runs(best_rates(size, records), records)
     figure, panels = _panels(len(size.cells))
     for panel, cell in zip(panels, size.cells, strict=True):
         for name, color in ({BASE: "tab:green"} | COLORS_OF_RATES).items():

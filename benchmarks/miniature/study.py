@@ -88,13 +88,14 @@ def base_path(directory: Path, prior: str, seed: int) -> Path:
     return directory / "bases" / f"{prior}-{seed}"
 
 
-def make_base(size: Size, directory: Path, prior: str, seed: int) -> None:
-    """Trains a base model by plain cross-entropy, and saves it."""
+def make_base(size: Size, directory: Path, base: tuple[str, int]) -> None:
+    """Trains the base model of a prior and a seed by plain cross-entropy, and saves it."""
+    prior, seed = base
     torch.set_num_threads(1)
     model = make_model(seed)
     rows = base_rows(prior, size.base_rows, seed)
     train(model, rows, LossConfig(objective="sft"), 6e-3, size.base_steps, BATCH, seed)
-    model.save_pretrained(base_path(directory, prior, seed))
+    model.save_pretrained(base_path(directory, *base))
 
 
 def run(size: Size, directory: Path, job: Job) -> dict[str, Any]:
@@ -146,7 +147,7 @@ def run_study(size: Size, directory: Path, workers: int) -> list[dict[str, Any]]
     bases = [base for base in bases if not base_path(directory, *base).exists()]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
-        _each(pool, "base models", partial(_make_base, size, directory), bases, lambda _: None)
+        _each(pool, "base models", partial(make_base, size, directory), bases, lambda _: None)
 
         def finish(name: str, jobs: list[Job]) -> None:
             done = {tuple(record[field] for field in asdict(jobs[0])) for record in records}
@@ -167,10 +168,6 @@ def run_study(size: Size, directory: Path, workers: int) -> list[dict[str, Any]]
         rates = best_rates(size, records)
         finish("final runs", [Job(*key, rates[key], seed, "test") for key in tuned for seed in size.seeds])
     return records
-
-
-def _make_base(size: Size, directory: Path, base: tuple[str, int]) -> None:
-    make_base(size, directory, *base)
 
 
 def _each(

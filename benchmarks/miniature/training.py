@@ -39,14 +39,13 @@ def make_model(seed: int) -> PreTrainedModel:
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Rows padded on the right: int64 [B, T]; other columns that have a number for each token, float32 [B, T]."""
-    width = max(len(row["input_ids"]) for row in rows)
-    fill = {"input_ids": PAD, "labels": IGNORE_INDEX}
-    batch = {
-        name: torch.tensor([list(row[name]) + [fill.get(name, 0.0)] * (width - len(row[name])) for row in rows])
-        for name in rows[0]
-    }
+    """Rows padded on the right, int64 [B, T] each; PaddingCollator needs a tokenizer, which there is none of here."""
     lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    width = int(lengths.max())
+    batch = {
+        name: torch.tensor([list(row[name]) + [fill] * (width - len(row[name])) for row in rows])
+        for name, fill in (("input_ids", PAD), ("labels", IGNORE_INDEX))
+    }
     return batch | {"attention_mask": (torch.arange(width) < lengths[:, None]).long()}
 
 

@@ -16,8 +16,7 @@ from typing import Any
 
 import yaml
 
-from dft.config.options import did_you_mean
-from dft.config.yaml_nodes import mapping_of, read_yaml, text_of
+from dft.config.yaml_nodes import mapping_of, place_of, read_yaml, refuse_unknown, text_of
 from dft.errors import UserError
 from dft.printable import printable
 
@@ -85,16 +84,11 @@ def _with_whole_length(stages: tuple[Stage, ...], path: str) -> tuple[Stage, ...
 
 
 def _stage(node: yaml.Node, path: str) -> Stage:
-    place = f"{path}:{node.start_mark.line + 1}"
+    place = place_of(node, path)
     if not isinstance(node, yaml.MappingNode):
         raise UserError(f"{place}: a stage must be a mapping with {', '.join(KEYS)}")
     values = mapping_of(node, path)
-    for key, value in values.items():
-        if key not in KEYS:
-            where = f"{path}:{value.start_mark.line + 1}"
-            raise UserError(
-                f"{where}: unknown key {printable(key)}{did_you_mean(key, KEYS)}; known: {', '.join(KEYS)}"
-            )
+    refuse_unknown(values, KEYS, path)
     name = text_of(values["name"]) if "name" in values else ""
     if not 0 < len(name) <= MAX_NAME or not name.isprintable():
         raise UserError(f"{place}: a stage needs a name of 1 to {MAX_NAME} printable characters")
@@ -125,7 +119,7 @@ def _sources(node: yaml.Node | None, place: str, path: str) -> tuple[dict[str, f
         raise UserError(f"{place}: sources must be a mapping of sources to numbers, such as {{facts_en: 1}}")
     mapping = mapping_of(node, path)
     if "" in mapping:
-        where = f"{path}:{mapping[''].start_mark.line + 1}"
+        where = place_of(mapping[""], path)
         raise UserError(f"{where}: a source has no name; name a file, a directory or a channel, or *, all rows")
     read = {name: _number(value, name, path) for name, value in mapping.items()}
     kinds = {is_percent for _, is_percent in read.values()}
@@ -149,7 +143,7 @@ def _positive(values: dict[str, yaml.Node], key: str, path: str, percent: bool =
     if key not in values:
         return None
     value, is_percent = _number(values[key], key, path)
-    where = f"{path}:{values[key].start_mark.line + 1}"
+    where = place_of(values[key], path)
     if is_percent != percent:
         rule = "a share of the training, such as 30%" if percent else "a plain number"
         raise UserError(f"{where}: {key} is {text_of(values[key])}; it must be {rule}")
@@ -167,7 +161,7 @@ def _number(node: yaml.Node, key: str, path: str) -> tuple[Fraction, bool]:
             raise ValueError(digits)
         value = _fraction(digits)
     except (ValueError, ZeroDivisionError) as error:
-        where = f"{path}:{node.start_mark.line + 1}"
+        where = place_of(node, path)
         raise UserError(
             f"{where}: {printable(key)} is {text or 'empty'}; it must be a number such as 2, 0.5, 1/8 or 30%"
         ) from error

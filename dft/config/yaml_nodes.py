@@ -4,6 +4,7 @@ from pathlib import Path
 
 import yaml
 
+from dft.config.options import did_you_mean
 from dft.errors import UserError
 from dft.printable import printable
 
@@ -46,6 +47,14 @@ def mapping_of(node: yaml.MappingNode, path: str) -> dict[str, yaml.Node]:
             raise UserError(f"{where}: {name} is given twice")
         found[name] = value
     return found
+
+
+def refuse_unknown(values: dict[str, yaml.Node], known: tuple[str, ...], path: str) -> None:
+    """Raises UserError where a mapping has a key that isn't one of these; `path` as for mapping_of."""
+    for key, value in values.items():
+        if key not in known:
+            hint = did_you_mean(key, known)
+            raise UserError(f"{place_of(value, path)}: unknown key {key}{hint}; known: {', '.join(known)}")
 
 
 def text_of(node: yaml.Node) -> str:

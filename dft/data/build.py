@@ -19,7 +19,7 @@ from dft.data.report import FileStatistics, describe_mix, make_report
 from dft.data.selection import Catalog, Selection, mix, mix_files, select
 from dft.data.sources import Sources
 from dft.data.worker_pool import WorkerPool
-from dft.reading.formats import RowReader, detect_format, parse
+from dft.reading.formats import RowReader, detect_format, parse, written_row
 from dft.reading.raw_rows import read_rows
 from dft.reading.rows import RejectedRow
 
@@ -96,7 +96,7 @@ def _dropped(rows: Catalog, chosen: Selection, readers: list[RowReader]) -> Iter
         for i, raw in enumerate(read_rows(reader.path) if reason_of else ()):
             if i in reason_of:
                 reason = reason_of[i]
-                text = raw.text or json.dumps(parse(raw), ensure_ascii=False, default=str)
+                text = raw.text or written_row(parse(raw))
                 yield RejectedRow(reader.path, raw.line, reason, details[reason], text, is_malformed=False)
 
 

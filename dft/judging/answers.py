@@ -10,11 +10,11 @@ from dft.config.data import ROLES
 from dft.errors import UserError
 from dft.judging.prompts import Case
 from dft.printable import printable
-from dft.reading.formats import parse
+from dft.reading.formats import check_object, parse
 from dft.reading.messages import OLDER_ROLES, read_messages
 from dft.reading.raw_rows import read_rows
 from dft.reading.rows import RawRow, RowError, malformed
-from dft.reading.strict_json import RepeatedKey, kind, validate_value
+from dft.reading.strict_json import kind, validate_value
 
 COLUMNS = ("prompt", "answer", "reference", "channel")  # all others may hold anything
 SHOWN_PROBLEMS = 5
@@ -97,14 +97,8 @@ def load_answers(path: Path) -> list[Answer]:
 
 
 def _answer(raw: RawRow, path: str) -> Answer:
-    if raw.reason is not None:
-        raise RowError(raw.reason, raw.detail)
     row = parse(raw)
-    if not isinstance(row, dict):
-        raise malformed(f"a row must be a JSON object, not {kind(row)}")
-    repeated = [key for key in row.repeated if key in COLUMNS] if isinstance(row, RepeatedKey) else []
-    if repeated:
-        raise malformed(f"the key {repeated[0]!r} stands twice in the row")
+    check_object(row, COLUMNS)
     for column in COLUMNS[:2]:
         if column not in row:
             found = ", ".join(f"{key!r:.40}" for key in list(row)[:9]) or "nothing"

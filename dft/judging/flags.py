@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dft.errors import UserError
-from dft.files import path_argument
+from dft.files import check_writable, path_argument
 from dft.judging.asking import Form, Poll
 from dft.judging.costs import Prices
 from dft.judging.endpoint import KEY, URL, EndpointConfig
@@ -101,8 +101,7 @@ def _check_report(path: Path | None, others: Sequence[Path]) -> None:
         return
     if any(os.path.realpath(path) == os.path.realpath(other) for other in others):
         raise UserError(f"--report {printable(path)} is read, or is the --output: give another file")
-    if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-        raise UserError(f"--report {printable(path)} can't be written: give a file in a directory that exists")
+    check_writable(path, "--report")
 
 
 def _json_object(text: str) -> dict[str, Any]:

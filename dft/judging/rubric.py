@@ -10,8 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from dft.config.options import did_you_mean
-from dft.config.yaml_nodes import mapping_of, place_of, read_yaml, text_of
+from dft.config.yaml_nodes import mapping_of, place_of, read_yaml, refuse_unknown, text_of
 from dft.errors import UserError
 from dft.printable import printable
 
@@ -77,7 +76,7 @@ def load_rubric(path: Path | None) -> Rubric:
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"--rubric {shown} holds no rubric; {rule}")
     values = mapping_of(root, shown)
-    _refuse_unknown(values, ("criteria",), shown)
+    refuse_unknown(values, ("criteria",), shown)
     nodes = values.get("criteria")
     if not isinstance(nodes, yaml.SequenceNode) or not nodes.value:
         raise UserError(f"--rubric {shown} holds no criteria; {rule}")
@@ -95,7 +94,7 @@ def _criterion(node: yaml.Node, path: str) -> Criterion:
     if not isinstance(node, yaml.MappingNode):
         raise UserError(f"{place}: a criterion must be a mapping with {', '.join(KEYS)}")
     values = mapping_of(node, path)
-    _refuse_unknown(values, KEYS, path)
+    refuse_unknown(values, KEYS, path)
     missing = [key for key in KEYS if key not in values]
     if missing:
         raise UserError(f"{place}: the criterion lacks the key {missing[0]}; it needs {', '.join(KEYS)}")
@@ -139,10 +138,3 @@ def _sentence(node: yaml.Node, key: str, path: str) -> str:
     if not text:
         raise UserError(f"{place_of(node, path)}: {key} is empty or no text; it must be a sentence")
     return text
-
-
-def _refuse_unknown(values: dict[str, yaml.Node], known: tuple[str, ...], path: str) -> None:
-    for key, value in values.items():
-        if key not in known:
-            hint = did_you_mean(key, known)
-            raise UserError(f"{place_of(value, path)}: unknown key {key}{hint}; known: {', '.join(known)}")

@@ -9,7 +9,7 @@ Each row is checked by itself, so rows and files may disagree about the types of
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -55,8 +55,6 @@ class RowReader:
 
     def read(self, raw: RawRow) -> Conversation | RejectedRow:
         """Parses and checks one row."""
-        if raw.reason is not None:
-            return RejectedRow(self.path, raw.line, raw.reason, raw.detail, raw.text, is_malformed=True)
         text = raw.text
         try:
             row = parse(raw)
@@ -69,12 +67,8 @@ class RowReader:
 
     def _columns(self, row: Any) -> tuple[list[dict[str, Any]], list[dict] | None, dict[str, Any] | None]:
         """Messages, tools and template arguments of a parsed row."""
-        if not isinstance(row, dict):
-            raise malformed(f"a row must be a JSON object, not {kind(row)}")
         used = USED_COLUMNS[self.format]
-        repeated = [key for key in row.repeated if key in used] if isinstance(row, RepeatedKey) else []
-        if repeated:
-            raise malformed(f"the key {repeated[0]!r} stands twice in the row")
+        check_object(row, used)
         missing = [column for column in COLUMNS[self.format] if column not in row]
         if missing:
             raise malformed(_missing(missing[0], row))
@@ -84,6 +78,15 @@ class RowReader:
         template_kwargs = _template_kwargs(row["chat_template_kwargs"])
         tools = _tools(row.get("tools") if row.get("tools") is not None else _functions(row.get("functions")))
         return CONVERTERS[self.format](row, self.role_map), tools, template_kwargs
+
+
+def check_object(row: Any, columns: Collection[str]) -> None:
+    """Raises RowError where a row is no JSON object, or has one of these columns twice."""
+    if not isinstance(row, dict):
+        raise malformed(f"a row must be a JSON object, not {kind(row)}")
+    repeated = [key for key in row.repeated if key in columns] if isinstance(row, RepeatedKey) else []
+    if repeated:
+        raise malformed(f"the key {repeated[0]!r} stands twice in the row")
 
 
 def _missing(column: str, row: dict) -> str:
@@ -151,8 +154,10 @@ def parse(raw: RawRow) -> Any:
     """The value of a row, not yet checked.
 
     Raises:
-        RowError: its text is not JSON.
+        RowError: it couldn't be read, or its text is not JSON.
     """
+    if raw.reason is not None:
+        raise RowError(raw.reason, raw.detail)
     if raw.value is not None:
         return _without_nulls(raw.value)
     return decode(raw.text)

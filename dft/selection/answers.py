@@ -87,7 +87,7 @@ def _prompts(
 ) -> tuple[dict[int, np.ndarray], dict[int, RowError]]:
     """The prompt of each row, int32 [T], and why the others have none."""
     chat_format = ChatFormat(trained.tokenizer)
-    room = longest_prompt(trained.model, max_new_tokens)
+    room = longest_prompt(trained.model.config, max_new_tokens)
     if room < 1:
         raise UserError(
             f"--max_new_tokens {max_new_tokens} leaves no room for a prompt: the model takes {room + max_new_tokens} "
