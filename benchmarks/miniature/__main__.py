@@ -13,10 +13,12 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from benchmarks.measuring import ROOT, facts, keep, surroundings
-from benchmarks.miniature.report import figures, summarize, tables
+from benchmarks.miniature.report import BASE, figures, summarize, tables
 from benchmarks.miniature.study import FULL, QUICK, run_study
+from benchmarks.miniature.tasks import OTHER_SKILLS
 
 PACKAGES = ("torch", "transformers", "accelerate", "numpy")
 ABOUT = """\
@@ -49,7 +51,7 @@ def main() -> None:
         figures(FULL, records, summary, ROOT / "docs")
         about = surroundings(PACKAGES)
         hours = sum(record["seconds"] for record in records) / 3600
-        told = f"{len(records)} runs, {hours:.1f} hours of one core."
+        told = f"{len(records)} runs, {hours:.1f} hours of one core. {skills_of_bases(records)}"
         text = "\n\n".join(
             ["# A study in miniature", ABOUT.format(seeds=len(FULL.seeds)), told, tables(FULL, summary), facts(about)]
         )
@@ -61,6 +63,14 @@ def main() -> None:
         if line["objective"] == "dft 1"
     }
     print(json.dumps({"dft_1_minus_sft_target": gains}))
+
+
+def skills_of_bases(records: list[dict[str, Any]]) -> str:
+    """A sentence on what the base models know of the other skills, from the least to the most of all of them."""
+    bases = [record for record in records if record["objective"] == BASE]
+    values = {name: [100 * base[name] for base in bases] for name in OTHER_SKILLS}
+    ranges = [f"{name} in {min(found):.0f} to {max(found):.0f}%" for name, found in values.items()]
+    return f"The base models are right in {', '.join(ranges[:-1])} and {ranges[-1]}."
 
 
 if __name__ == "__main__":
